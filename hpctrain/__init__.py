@@ -1,0 +1,1 @@
+"""Training of convolutional networks on large images and volumes, partitioned over MPI ranks."""

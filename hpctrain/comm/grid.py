@@ -1,0 +1,33 @@
+"""A partition laid over the ranks of a communicator: MPI's Cartesian topology, and its subcommunicators."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from mpi4py import MPI
+
+from hpctrain.errors import PlanError
+from hpctrain.partition import AXES, Partition
+
+
+class ProcessGrid:
+    """The process grid of one partition. Ranks from `partition.size` on are idle and get no communicator.
+
+    Building one is collective over `comm`. Raises PlanError, on all ranks alike, when there are too few ranks.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, partition: Partition) -> None:
+        if partition.size > comm.size:
+            raise PlanError(
+                f"grid {partition} needs {partition.size} ranks, but there are {comm.size}: "
+                f"start {partition.size} ranks or give a smaller grid"
+            )
+        self.partition = partition
+        # reorder=False: all grids over the same ranks must agree on who is rank r
+        self.comm = comm.Create_cart(partition.shape, reorder=False)
+        self.active = self.comm != MPI.COMM_NULL
+
+    @cache  # noqa: B019 - a grid lives as long as the run
+    def sub(self, axes: tuple[str, ...]) -> MPI.Intracomm | None:
+        """The ranks that differ from this one only along `axes`; None on idle ranks. Collective over the grid."""
+        return self.comm.Sub([axis in axes for axis in AXES]) if self.active else None

@@ -1,0 +1,26 @@
+"""Where tensors enter a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpctrain.errors import PlanError
+from hpctrain.layers.base import Layer, Op, Place
+from hpctrain.partition import Shape
+
+
+@dataclass(frozen=True)
+class Input(Layer):
+    """A tensor of `shape` that the loader fills: int64 where `integer` (labels), else of the run's float type."""
+
+    shape: Shape
+    integer: bool = False
+
+    def output_shape(self, *x: Shape) -> Shape:
+        return self.shape
+
+    def flops(self, *x: Shape) -> int:
+        return 0
+
+    def bind(self, place: Place) -> Op:
+        raise PlanError("an input has no op: the loader fills it")

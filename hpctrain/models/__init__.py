@@ -1,0 +1,74 @@
+"""Networks as code, one file each: `build(batch, sample, **options)` gives a Graph with inputs "x", "y" and a loss."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.errors import ConfigError
+from hpctrain.graph import Graph
+from hpctrain.layers import MSE, SoftmaxCrossEntropy
+from hpctrain.partition import Shape
+
+ZOO = ("cosmoflow", "lenet", "mlp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one sample of a dataset looks like: x channels last; y a label among `classes`, or `values` numbers."""
+
+    shape: Shape
+    classes: int | None = None
+    values: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a network predicts for a sample."""
+        return self.classes if self.classes is not None else self.values
+
+
+def start(batch: int, sample: Sample) -> tuple[Graph, str]:
+    """A graph with its input "x" of shape (batch, *sample.shape)."""
+    net = Graph()
+    return net, net.input("x", (batch, *sample.shape))
+
+
+def finish(net: Graph, x: str, sample: Sample) -> Graph:
+    """Add the target "y" and the loss that fits it: softmax cross-entropy for labels, mean squared error for values."""
+    batch = net[x].shape[0]
+    if sample.classes is not None:
+        net.add("loss", SoftmaxCrossEntropy(), x, net.input("y", (batch,), integer=True))
+    else:
+        net.add("loss", MSE(), x, net.input("y", (batch, sample.values)))
+    return net
+
+
+def build(name: str, batch: int, sample: Sample, options: Mapping[str, Any]) -> Graph:
+    """The network `name`: one of ZOO, or "file.py:function". Raises ConfigError naming what does not fit."""
+    if ":" in name:
+        builder = _from_file(*name.rsplit(":", 1))
+    elif name in ZOO:
+        builder = importlib.import_module(f"hpctrain.models.{name}").build
+    else:
+        raise ConfigError(f"model.name = {name!r}: not a network here; choose {', '.join(ZOO)} or 'file.py:function'")
+    accepted = list(inspect.signature(builder).parameters)[2:]
+    if unknown := [key for key in options if key not in accepted]:
+        takes = ", ".join(accepted) or "no options"
+        raise ConfigError(f"model.options.{unknown[0]}: {name} has no such option; it takes {takes}")
+    return builder(batch, sample, **options)
+
+
+def _from_file(path: str, function: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"model.name: no Python file {path}; paths are relative to the current folder")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"model.name: {path} has no function {function}(batch, sample, **options)")
+    return getattr(module, function)

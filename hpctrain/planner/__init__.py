@@ -1,0 +1,1 @@
+"""Plans: which partition each layer runs on. Nothing here starts MPI."""

@@ -1,0 +1,99 @@
+"""Where everything of a layer lies under a partition: the boxes that the executor moves and the cost model prices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpctrain.graph import Graph, Node
+from hpctrain.layers import Input
+from hpctrain.partition import Distribution, Partition, Region, Wanted, traffic, wanted
+from hpctrain.planner.plan import Plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layer: the work of every rank, the inputs it needs, the output it owns, and its parameters and statistics.
+
+    `partial` is what every rank produces where that is not what it owns: sums over ranks are then due.
+    """
+
+    node: Node
+    partition: Partition
+    work: Distribution
+    inputs: tuple[Wanted, ...]
+    partial: Wanted | None
+    output: Distribution
+    weights: Mapping[str, Distribution]
+    state: Mapping[str, Distribution]
+
+
+def layout(node: Node, partition: Partition) -> Layout:
+    """The layout of one layer."""
+    layer, shapes = node.layer, node.input_shapes
+    work, output = layer.work(partition, *shapes), layer.output(partition, *shapes)
+    needs = layer.needs(*shapes)
+    inputs = tuple(wanted(work, dims, shape) for dims, shape in zip(needs, shapes, strict=True))
+    produced = wanted(work, layer.produces(*shapes), output.shape)
+    return Layout(
+        node,
+        partition,
+        work,
+        inputs,
+        None if produced.cuts == output.cuts else produced,
+        output,
+        {name: Distribution(w.shape, w.axes, partition) for name, w in layer.weights(*shapes).items()},
+        {name: Distribution(w.shape, w.axes, partition) for name, w in layer.state(*shapes).items()},
+    )
+
+
+def layouts(graph: Graph, plan: Plan) -> dict[str, Layout]:
+    """The layout of every layer, in graph order."""
+    return {node.name: layout(node, plan.partitions[node.name]) for node in graph}
+
+
+def differentiable(graph: Graph) -> set[str]:
+    """Layers whose output depends on a trained parameter: gradients flow through these only."""
+    found: set[str] = set()
+    for node in graph:
+        trains = not isinstance(node.layer, Input) and bool(node.layer.weights(*node.input_shapes))
+        if trains or any(name in found for name in node.inputs):
+            found.add(node.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A transfer between owners and users of one tensor: input `slot` of `consumer`, or its partial sums (slot None).
+
+    Forward runs from `have` to `want`, backward from `want` to `have`; partial sums the other way round.
+    """
+
+    consumer: str
+    slot: int | None
+    have: Region
+    want: Region
+    integer: bool
+    gradient: bool
+
+
+def edges(graph: Graph, plan: Plan) -> list[Edge]:
+    """Every transfer of one training step, in the order the executor makes them forward."""
+    places, trained, found = layouts(graph, plan), differentiable(graph), []
+    for name, place in places.items():
+        for slot, (source, want) in enumerate(zip(place.node.inputs, place.inputs, strict=True)):
+            layer = graph[source].layer
+            integer = isinstance(layer, Input) and layer.integer
+            found.append(Edge(name, slot, places[source].output, want, integer, source in trained))
+        if place.partial is not None:
+            found.append(Edge(name, None, place.output, place.partial, False, name in trained))
+    return found
+
+
+def sent_bytes(edge: Edge, rank: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that `rank` sends to others along `edge` in the forward and in the backward pass of one step."""
+    itemsize = 8 if edge.integer else itemsize
+    out = traffic(edge.have, edge.want, rank) * itemsize
+    back = traffic(edge.want, edge.have, rank) * itemsize if edge.gradient or edge.slot is None else 0
+    # partial sums run backwards in the forward pass
+    return (out, back) if edge.slot is not None else (back, out if edge.gradient else 0)

@@ -1,0 +1,116 @@
+"""A plan: layer name -> partition, and the allreduce algorithm. Readable, editable JSON; all that the executor runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpctrain.errors import PlanError
+from hpctrain.graph import Graph, Node
+from hpctrain.partition import AXES, Partition, names
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The partition of every layer; `notes` say where a layer got less than was asked for."""
+
+    partitions: dict[str, Partition]
+    allreduce: str = "ring"
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that the largest layer needs."""
+        return max(partition.size for partition in self.partitions.values())
+
+    def to_json(self) -> str:
+        """The text of a plan file."""
+        layers = {name: partition.parts() for name, partition in self.partitions.items()}
+        return json.dumps({"version": VERSION, "allreduce": self.allreduce, "layers": layers}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Plan:
+        """The plan in `text`; `source` names the file in errors. Raises PlanError."""
+        try:
+            found = json.loads(text)
+            version, layers, allreduce = found["version"], found["layers"], found["allreduce"]
+            partitions = {str(name): Partition.of(parts) for name, parts in layers.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{source}: not a plan ({type(error).__name__}: {error})") from None
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+        if version != VERSION:
+            raise PlanError(f"{source}: plan version {version}, this program reads {VERSION}; make the plan again")
+        return cls(partitions, str(allreduce))
+
+    def check(self, graph: Graph) -> None:
+        """Raises PlanError, naming layer, axis and what would work, where a layer cannot be cut as planned."""
+        if missing := [node.name for node in graph if node.name not in self.partitions]:
+            raise PlanError(f"plan: no partition for layer {missing[0]}; make the plan again for this network")
+        if unknown := [name for name in self.partitions if name not in graph.nodes]:
+            raise PlanError(f"plan: no layer {unknown[0]} in this network; it has {', '.join(graph.nodes)}")
+        for node in graph:
+            limits = extents(node)
+            for axis, parts in self.partitions[node.name].parts().items():
+                if axis not in limits:
+                    raise PlanError(
+                        f"layer {node.name}: {axis}={parts} cuts nothing of it; it can be cut along {', '.join(limits)}"
+                    )
+
+
+def load(path: Path) -> Plan:
+    """The plan in a JSON file. Raises PlanError naming it."""
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from None
+
+
+def extents(node: Node) -> dict[str, int]:
+    """{axis: the most blocks that a layer can be cut into along it}, each block not empty."""
+    layer, shapes = node.layer, node.input_shapes
+    found: dict[str, int] = {}
+    for n, axes in zip(layer.work_shape(*shapes), layer.work_axes(*shapes), strict=True):
+        for axis in names(axes):
+            found[axis] = n
+    return {axis: found[axis] for axis in AXES if axis in found}
+
+
+def uniform(graph: Graph, grid: Partition, allreduce: str = "ring") -> Plan:
+    """One grid for all layers, coarsened where a layer is too small for it.
+
+    What a layer has no dim for goes to its channels (a dense layer in a net cut by height: the 1.5D scheme of
+    Gholami et al. 2018), or to its batch where it has no channels either. Raises PlanError where no layer has a dim
+    that the grid cuts.
+    """
+    limits = {node.name: extents(node) for node in graph}
+    for axis, parts in grid.parts().items():
+        if not any(axis in found for found in limits.values()):
+            able = sorted({a for found in limits.values() for a in found}, key=AXES.index)
+            raise PlanError(f"grid: no layer can be cut along {axis} (= {parts}); this network has {', '.join(able)}")
+    fitted = {name: _fit(grid, found) for name, found in limits.items()}
+    changed: dict[tuple[Partition, str], list[str]] = {}
+    for name, (partition, why) in fitted.items():
+        if why:
+            changed.setdefault((partition, why), []).append(name)
+    notes = tuple(f"{grid} -> {to} for {', '.join(names)}: {why}" for (to, why), names in changed.items())
+    return Plan({name: partition for name, (partition, _) in fitted.items()}, allreduce, notes)
+
+
+def _fit(grid: Partition, limits: dict[str, int]) -> tuple[Partition, str]:
+    """`grid` on a layer that can be cut at most as `limits` says, and what was changed for what reason."""
+    parts: dict[str, int] = {axis: n for axis, n in grid.parts().items() if axis in limits}
+    why: list[str] = []
+    for axis, n in grid.parts().items():
+        if axis not in limits:
+            heir = "channel" if "channel" in limits else "batch"
+            parts[heir] = parts.get(heir, 1) * n
+            why.append(f"no {axis}, so {heir} is cut instead")
+    for axis, n in parts.items():
+        if n > limits[axis]:
+            parts[axis] = limits[axis]
+            why.append(f"{axis} has only {limits[axis]}")
+    return Partition.of(parts), "; ".join(why)

@@ -1,0 +1,47 @@
+"""From a config to what it names: data sets, network and plan. Local work without MPI, the same on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpctrain import models
+from hpctrain.config import Config
+from hpctrain.data.dataset import Dataset
+from hpctrain.errors import DataError, PlanError
+from hpctrain.graph import Graph
+from hpctrain.planner import plan as plans
+from hpctrain.planner.plan import Plan
+
+
+def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
+    """Training and test set, checked to be of one kind. Raises DataError."""
+    train = Dataset(Path(config.data.train), config.data.normalize)
+    if config.data.test is None:
+        return train, None
+    test = Dataset(Path(config.data.test), config.data.normalize)
+    for what in ("x_shape", "y_shape", "classes"):
+        if getattr(train, what) != getattr(test, what):
+            raise DataError(
+                f"{test.folder}: {what} {getattr(test, what)}, but {train.folder} has {getattr(train, what)}; "
+                "give a test set of the same kind"
+            )
+    test.mean, test.std = train.mean, train.std
+    return train, test
+
+
+def build_graph(config: Config, data: Dataset) -> Graph:
+    """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
+    sample = models.Sample(data.x_shape, data.classes, sum(data.y_shape))
+    try:
+        return models.build(config.model.name, config.train.batch, sample, config.model.options)
+    except PlanError as error:
+        raise PlanError(f"{data.folder}: samples of {data.x_shape} do not fit {config.model.name}: {error}") from None
+
+
+def make_plan(config: Config, graph: Graph) -> Plan:
+    """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError."""
+    if isinstance(config.plan.grid, str):
+        found = plans.load(Path(config.plan.grid))
+        found.check(graph)
+        return found
+    return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce)
