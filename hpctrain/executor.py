@@ -105,7 +105,8 @@ class Executor:
                 np.copyto(step.result, self._transfer(step.sum_partials))
             for edge in step.outputs[1:]:  # the first one's source is the result itself
                 np.copyto(edge.fwd.reserve(), step.result)
-        return self._by_name[self.graph.loss.name].result
+        loss = self.graph.loss
+        return self._by_name[loss.name].result.reshape(-1, loss.shape[-1])  # (0, 3) on an idle rank
 
     def backward(self, dloss: Array) -> None:
         """Fill `parameters.gradients` with the sums over the global batch of d(loss)/d(weight).

@@ -216,7 +216,7 @@ class Trainer:
             why = f"inputs are finite; loss of {_some(self.data.sample_ids(np.array(from_loss)))}; try a lower optim.lr"
         if self.config.train.nonfinite == "stop":
             raise NumericsError(f"{where}; {why}, or set train.nonfinite=skip")
-        self.console.warn(f"{where}; {why}; this step is skipped")
+        self._warn(f"{where}; {why}; this step is skipped")
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -243,10 +243,9 @@ class Trainer:
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, self.step_number, blocks(self._tensors(), self.world.rank), state, self.comm)
         self.saved = self.step_number
-        with all_ranks(self.comm):
-            if self.world.rank == 0:
-                self.metrics.flush()
-                checkpoint.retain(folder, self.config.checkpoint.keep)
+        checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
+        if self.world.rank == 0:
+            self.metrics.flush()
 
     def _tensors(self) -> list[Any]:
         flat = self.executor.parameters
@@ -255,18 +254,21 @@ class Trainer:
 
     def _restore(self, resume: Path | None) -> None:
         """Continue from the newest whole checkpoint of run folder `resume`, or start anew where it is None."""
-        folder = self.folder / "checkpoints"
-        if resume is None:
-            with all_ranks(self.comm):
+        elsewhere = resume is None or resume.resolve() != self.folder.resolve()
+        with all_ranks(self.comm):
+            if elsewhere:
                 runfolder.refuse_used(self.folder)
+        if resume is None:
             return
-        found, refused = checkpoint.newest(resume / "checkpoints", self.comm)
+        folder = resume / "checkpoints"
+        found, refused = checkpoint.newest(folder, self.comm)
         for line in refused:
-            self.console.warn(line)
+            self._warn(line)
         if found is None:
-            raise CheckpointError(
-                f"{resume / 'checkpoints'}: no usable checkpoint; train without --resume to start anew"
-            )
+            if refused:
+                raise CheckpointError(f"{folder}: no usable checkpoint; move it away and train without --resume")
+            self.console.note(f"{folder}: no checkpoint yet, starting anew")  # a job script always says --resume
+            return
         with all_ranks(self.comm):
             for what, mine in (("config", config_hash(self.config)), ("data", self.data.uuid)):
                 if found.state.get(what) != mine:
@@ -278,7 +280,7 @@ class Trainer:
         state = found.state
         self.epoch, self.position, self.step_number = state["epoch"], state["position"], state["step"]
         self.totals = Totals(**state["totals"])
-        self.saved = found.step if folder == resume / "checkpoints" else -1
+        self.saved = -1 if elsewhere else found.step
         same = state["plan"] == {name: partition.parts() for name, partition in self.plan.partitions.items()}
         self.console.note(
             f"resumed {found.path} at step {found.step}"
@@ -301,12 +303,17 @@ class Trainer:
     def _test_batches(self, test: Dataset) -> Batches:
         return Batches(test.samples, self.config.train.batch, 0, shuffle=False, drop_last=False)
 
+    def _warn(self, text: str) -> None:
+        """A warning that all ranks share, said once."""
+        if self.world.rank == 0:
+            self.console.warn(text)
+
     def _describe(self, backend: str) -> None:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
         self.console.note(f"{self.world.size} ranks, {what}, {self.plan.allreduce} allreduce; {backend}")
         if self.plan.ranks < self.world.size:
-            self.console.warn(f"the plan uses {self.plan.ranks} of {self.world.size} ranks; the others idle")
+            self._warn(f"the plan uses {self.plan.ranks} of {self.world.size} ranks; the others idle")
         for line in self.plan.notes:
             self.console.note(line)
 

@@ -1,0 +1,117 @@
+"""Turns NumPy files into a data set."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hpctrain.data.index import DTYPES, Index, Layout, Target, extents, read_index
+from hpctrain.data.writer import PIECE_BYTES, SHARD_BYTES, Chunk, write_shards
+from hpctrain.errors import DataError
+
+Channels = Literal["last", "first", "none"]
+
+
+def import_arrays(
+    x_path: Path,
+    y_path: Path | None,
+    out_folder: Path,
+    *,
+    channels: Channels = "last",
+    classes: int | None = None,
+    names: tuple[str, ...] = (),
+    like: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Index:
+    """Writes a data set from x and y in .npy files (memory-mapped), or in one .npz with keys x and y (`y_path` None).
+
+    x is (N, H, W, C) or (N, D, H, W, C) with `channels` "last"; "first" has C after N; "none" has no C and gets one
+    channel. Integer y are labels, (N,) or one for each point of x, of `classes` classes (None: the largest + 1).
+    Float y are values, (N,) or (N, K), which `names` may name. `like` is the folder of the training data when this is
+    other data: its mean, std and classes are taken. Sample ids count from 0. Raises DataError naming the file, and
+    the sample where one is not finite or its label out of range.
+    """
+    x_path, y_source = Path(x_path), Path(y_path or x_path)
+    x, y = _load_npz(x_path) if y_path is None else (_load_npy(x_path), _load_npy(y_source))
+    for name, array, path in (("x", x, x_path), ("y", y, y_source)):
+        if array.dtype.name not in DTYPES:
+            raise DataError(f"{path}: {name} is {array.dtype}; convert it to one of {', '.join(DTYPES)}")
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
+        raise DataError(f"{x_path}: x is {x.shape}, and {y_source}: y is {y.shape}; give one y for every x")
+    x = _channels_last(x, channels, x_path)
+    labels = y.dtype.kind != "f"
+    if labels and y.shape[1:] not in ((), x.shape[1:-1]):
+        raise DataError(f"{y_source}: labels are {y.shape}; give (N,) or one label for each point of x {x.shape[:-1]}")
+    if not labels and y.ndim == 1:
+        y = y[:, None]
+    statistics = None
+    if like is not None:
+        training = read_index(Path(like))
+        _require_same_kind(training, x, y, Path(like), x_path)
+        statistics, classes = (training.mean, training.std), training.layout.classes
+    if labels and classes is None:
+        classes = int(y.max()) + 1
+    targets = tuple(Target(name) for name in names)
+    layout = Layout(x.shape[1:], x.dtype.name, y.shape[1:], y.dtype.name, classes, targets)
+    chunks = _chunks(x, y, layout)
+    return write_shards(out_folder, chunks, layout, len(x), shard_bytes=shard_bytes, statistics=statistics)
+
+
+def _channels_last(x: np.ndarray, channels: Channels, path: Path) -> np.ndarray:
+    """A view (N, [D,] H, W, C) of x."""
+    if x.ndim + (channels == "none") not in (4, 5):
+        raise DataError(
+            f"{path}: x is {x.shape} with channels = {channels!r}; give (N, H, W, C) or (N, D, H, W, C), or "
+            "channels = 'none' for (N, H, W) or (N, D, H, W), or channels = 'first' for (N, C, H, W) or (N, C, D, H, W)"
+        )
+    return x[..., None] if channels == "none" else np.moveaxis(x, 1, -1) if channels == "first" else x
+
+
+def _require_same_kind(training: Index, x: np.ndarray, y: np.ndarray, like: Path, path: Path) -> None:
+    expected, found = training.layout, (x.shape[1:], y.shape[1:], y.dtype.kind == "f")
+    if found != (expected.x_shape, expected.y_shape, expected.classes is None):
+        raise DataError(
+            f"{path}: samples are x {extents(found[0])}, y {extents(found[1])} {y.dtype}; the training data {like} has "
+            f"x {extents(expected.x_shape)}, y {extents(expected.y_shape)} {expected.y_dtype}; give data of one kind"
+        )
+
+
+def _chunks(x: np.ndarray, y: np.ndarray, layout: Layout) -> Iterator[Chunk]:
+    step = max(1, PIECE_BYTES // layout.x_bytes)
+    for start in range(0, len(x), step):
+        part = slice(start, min(start + step, len(x)))
+        ids = np.arange(part.start, part.stop, dtype=np.int64)
+        yield np.asarray(x[part], layout.x_dtype), np.asarray(y[part], layout.y_dtype), ids
+
+
+# --- NumPy files -------------------------------------------------------------------------------------------------
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    with _reading(path):
+        return np.lib.format.open_memmap(path, mode="r")  # never unpickles
+
+
+def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with _reading(path), open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("a single array, and no second file for y")
+        if missing := {"x", "y"} - set(archive.files):
+            raise ValueError(f"no key {min(missing)!r}, only {', '.join(archive.files) or 'none'}")
+        return archive["x"], archive["y"]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: not usable: {error}; give .npy files of plain numbers, or an .npz with x and y"
+        ) from error
