@@ -31,7 +31,7 @@ class Step:
     name: str
     op: Op
     active: bool
-    """Whether this rank has work, or must take part in the op's own communication without any."""
+    """Whether this rank produces anything, or must take part in the op's own communication all the same."""
     inputs: list[Exchange]
     sum_partials: Way | None
     """From what every rank produced to sums at their owners, where the layer sums over a cut dim."""
@@ -188,6 +188,8 @@ class Executor:
         """Release MPI resources. Collective."""
         for exchange in self.exchanges.values():
             exchange.free()
+        for grid in self._grids.values():
+            grid.free()
         self.comm.Free()
 
     # --- binding ---------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class Executor:
         return Step(
             name=node.name,
             op=op,
-            active=volume(place.work.box(rank)) > 0 or comm is not None,
+            active=volume(produced.box(rank)) > 0 or comm is not None,
             inputs=[self.exchanges[node.name, slot] for slot in range(len(node.inputs))],
             sum_partials=None if partial is None else partial.bwd,
             spread_gradient=None if partial is None else partial.fwd,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -180,13 +180,13 @@ class Region:
     masks: tuple[Cut, ...] = ()
 
     def box(self, rank: int) -> Box:
-        """The box of `rank`; empty for ranks beyond the partition."""
+        """The box of `rank`. One that is empty along a dim keeps its other dims; beyond the partition all are empty."""
         if rank >= self.partition.size:
             return empty(len(self.cuts))
-        at = [self.partition.index(cut.axes, rank) for cut in (*self.cuts, *self.masks)]
-        if not all(i in cut.occupied for cut, i in zip((*self.cuts, *self.masks), at, strict=True)):
-            return empty(len(self.cuts))
-        return tuple(slice(*cut.intervals[i]) for cut, i in zip(self.cuts, at, strict=False))
+        box = tuple(slice(*cut.intervals[self.partition.index(cut.axes, rank)]) for cut in self.cuts)
+        if volume(box) == 0 or all(self.partition.index(cut.axes, rank) in cut.occupied for cut in self.masks):
+            return box
+        return (slice(box[0].start, box[0].start), *box[1:])
 
     @property
     def boxes(self) -> list[Box]:
@@ -284,8 +284,8 @@ class Along:
     reach: Callable[[int, int], Interval] = lambda start, stop: (start, stop)
 
 
-def wanted(work: Distribution, dims: tuple[Along | None, ...], shape: Shape) -> Wanted:
-    """The boxes of a tensor of `shape` that the blocks of `work` touch; None wants the whole dim."""
+def touched(work: Distribution, dims: tuple[Along | None, ...], shape: Shape) -> Wanted:
+    """The boxes of a tensor of `shape` that the blocks of `work` touch, empty blocks too; None is the whole dim."""
     cuts = []
     for along, n in zip(dims, shape, strict=True):
         if along is None:
@@ -293,7 +293,12 @@ def wanted(work: Distribution, dims: tuple[Along | None, ...], shape: Shape) -> 
         else:
             cut = work.cuts[along.dim]
             cuts.append(Cut(cut.axes, tuple(along.reach(a, b) if a < b else (a, a) for a, b in cut.intervals)))
-    return Wanted(work.partition, tuple(cuts), work.cuts)
+    return Wanted(work.partition, tuple(cuts))
+
+
+def wanted(work: Distribution, dims: tuple[Along | None, ...], shape: Shape) -> Wanted:
+    """The boxes that `touched` gives, but ranks without work want nothing."""
+    return replace(touched(work, dims, shape), masks=work.cuts)
 
 
 def traffic(have: Region, want: Region, rank: int) -> int:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from hpctrain import backends, checkpoint, optim, prepare, runfolder
-from hpctrain.checkpoint.tensors import blocks, restore
+from hpctrain import backends, optim, prepare, runfolder
 from hpctrain.comm.world import STOPPED, World, agree, all_ranks
-from hpctrain.config import Config, config_hash
+from hpctrain.config import Config
 from hpctrain.console import Console
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loader import Loader
 from hpctrain.data.order import Batches
-from hpctrain.errors import CheckpointError, DataError, HpctrainError, NumericsError
+from hpctrain.errors import DataError, HpctrainError, NumericsError
 from hpctrain.executor import Executor
 from hpctrain.layers.loss import LOSS, SCORE, WEIGHT, Loss
 from hpctrain.metrics import MetricsFile, Totals
 from hpctrain.optim.schedule import learning_rate
+from hpctrain.saving import Progress, Saver
 
 
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
@@ -56,58 +55,60 @@ class Trainer:
         with all_ranks(self.comm):
             self.loader = self._loader(self.data, self.batches)
             self.tester = None if self.test is None else self._loader(self.test, self._test_batches(self.test))
-        self.epoch = self.position = self.step_number = 0
-        self.totals, self.input_seconds, self.saved = Totals(), 0.0, -1
-        self._restore(resume)
+        self.saver = Saver(world, config, self.executor, self.optimizer, self.data.uuid, console)
+        self.at: Progress = self.saver.restore(resume)
+        self.input_seconds = self.seconds = self.rate = 0.0
         with all_ranks(self.comm):
             if world.rank == 0:
                 runfolder.write(self.folder, config, self.plan, world)
-                self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step_number)
+                self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def train(self, json_output: bool = False) -> int:
         """Train to the end, or until asked to stop; the exit status. The last checkpoint is of the last step."""
         epochs: list[dict[str, Any]] = []
-        while self.epoch < self.config.train.epochs and not self._enough():
+        while self.at.epoch < self.config.train.epochs and not self._enough():
             if self._train_epoch():
-                self.save()
+                self._save()
                 self.console.note(
-                    f"stopped on request after step {self.step_number} with status {STOPPED}; a complaint of the "
+                    f"stopped on request after step {self.at.step} with status {STOPPED}; a complaint of the "
                     f"launcher about that is expected. To go on:\nhpctrain train --resume {self.folder}"
                 )
                 return STOPPED
-            if self.position == self.batches.steps:
+            if self.at.position == self.batches.steps:
                 epochs.append(self._finish_epoch())
-        self.save()
+        self._save()
         runfolder.finish(self.world, self.console, self.folder, epochs, json_output)
         return 0
 
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
         every = self.config.checkpoint.every_steps
-        begin, done = perf_counter(), 0
-        with self.console.progress(self.batches.steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}") as bar:
-            bar.advance(self.position)
-            while self.position < self.batches.steps and not self._enough():
+        begin, done, self.phases = perf_counter(), 0, self._phases()
+        with self.console.progress(self.batches.steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
+            bar.advance(self.at.position)
+            while self.at.position < self.batches.steps and not self._enough():
                 stop = self.step()
                 done += self.config.train.batch
-                means = self.totals.means(self._score)
+                means = self.at.totals.means(self._score)
                 bar.advance(1, f"loss {means['loss']:.4f}  {done / (perf_counter() - begin):.0f} samples/s")
-                if every and self.step_number % every == 0:
-                    self.save()
+                if every and self.at.step % every == 0:
+                    self._save()
                 if stop:
                     return True
+        self.seconds, self.rate = perf_counter() - begin, done / (perf_counter() - begin)
         return False
 
     def step(self) -> bool:
         """One step, forward to update; whether any rank was asked to stop. Raises what any rank met, on all."""
         lr = learning_rate(
-            self.config.optim, self.step_number, self.batches.steps, self.config.train.epochs * self.batches.steps
+            self.config.optim, self.at.step, self.batches.steps, self.config.train.epochs * self.batches.steps
         )
-        ids, weights = self.batches.ids(self.epoch, self.position)
-        running = [tensor.array.copy() for tensor in self.executor.state]
-        error = self._load(self.loader, self.epoch, self.position)
+        ids, weights = self.batches.ids(self.at.epoch, self.at.position)
+        skipping = self.config.train.nonfinite == "skip"
+        running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
+        error = self._load(self.loader, self.at.epoch, self.at.position)
         rows = self.executor.forward()
         weights = weights[self.executor.box(self.loss.name)[0]]
         totals, stop = self._agree(self._sums(rows, weights), error)
@@ -117,16 +118,16 @@ class Trainer:
             gradient[:, LOSS] = weights / totals.weight
             self.executor.backward(gradient)
             self.optimizer.step(lr)
-            self.totals.add(totals)
+            self.at.totals.add(totals)
         else:
             self._not_finite(rows, ids)
             for tensor, before in zip(self.executor.state, running, strict=True):
                 tensor.array[...] = before
-        self.step_number += 1
-        self.position += 1
+        self.at.step += 1
+        self.at.position += 1
         if self.world.rank == 0:
             fields = totals.means(self._score) | {"lr": lr, "samples": runfolder.digest(ids)}
-            self.metrics.write("step", step=self.step_number, epoch=self.epoch, **fields)
+            self.metrics.write("step", step=self.at.step, epoch=self.at.epoch, **fields)
         return stop
 
     def evaluate(self) -> Totals:
@@ -143,20 +144,21 @@ class Trainer:
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Evaluate, record and save; the epoch's record."""
-        self.epoch, self.position = self.epoch + 1, 0
-        record: dict[str, Any] = {"epoch": self.epoch, "step": self.step_number} | self.totals.means(self._score)
-        if self.tester is not None and self.epoch % self.config.train.eval_every == 0:
+        self.at.epoch, self.at.position = self.at.epoch + 1, 0
+        spent = {phase: value - self.phases[phase] for phase, value in self._phases().items()}
+        record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | self.at.totals.means(self._score)
+        if self.tester is not None and self.at.epoch % self.config.train.eval_every == 0:
             record |= self.evaluate().means(self._score, "test_")
-        self.totals = Totals()
-        record |= {f"{phase}_seconds": s for phase, s in self.executor.seconds.items()}
-        record |= {"input_seconds": self.input_seconds, "bytes_sent": self.executor.bytes_sent()}
+        self.at.totals = Totals()
+        record |= {"seconds": self.seconds, "samples_per_second": self.rate}
+        record |= spent
         if self.world.rank == 0:
             self.metrics.write("epoch", **record)
             self.metrics.flush()
         self.console.epoch(record)
         every = self.config.checkpoint.every_epochs
-        if every and self.epoch % every == 0:
-            self.save()
+        if every and self.at.epoch % every == 0:
+            self._save()
         return record
 
     # --- agreement -------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ class Trainer:
         said = self.comm.allgather((inputs, bad_rows))
         from_data = sorted({i for found, _ in said for i in found})
         from_loss = sorted({i for _, found in said for i in found})
-        where = f"step {self.step_number + 1} (epoch {self.epoch + 1}): the loss is not finite"
+        where = f"step {self.at.step + 1} (epoch {self.at.epoch + 1}): the loss is not finite"
         if from_data:
             why = (
                 f"{self.data.folder}: NaN or infinity in {_some(self.data.sample_ids(np.array(from_data)))}; mend them"
@@ -218,84 +220,25 @@ class Trainer:
             raise NumericsError(f"{where}; {why}, or set train.nonfinite=skip")
         self._warn(f"{where}; {why}; this step is skipped")
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one; broken weights are a NumericsError instead."""
-        if self.saved == self.step_number:
-            return
-        with all_ranks(self.comm):
-            if not np.isfinite(self.executor.parameters.weights).all():
-                raise NumericsError(
-                    f"step {self.step_number}: weights are not finite, nothing was saved; "
-                    f"resume from the last checkpoint with a lower optim.lr"
-                )
-        state: dict[str, Any] = {
-            "epoch": self.epoch,
-            "position": self.position,
-            "step": self.step_number,
-            "config": config_hash(self.config),
-            "data": self.data.uuid,
-            "totals": asdict(self.totals),
-            "plan": {name: partition.parts() for name, partition in self.plan.partitions.items()},
-            "ranks": self.world.size,
-        }
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.step_number, blocks(self._tensors(), self.world.rank), state, self.comm)
-        self.saved = self.step_number
-        checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
-        if self.world.rank == 0:
-            self.metrics.flush()
-
-    def _tensors(self) -> list[Any]:
-        flat = self.executor.parameters
-        kept = [tensor for name, array in self.optimizer.state.items() for tensor in flat.like(array, name)]
-        return [*self.executor.tensors(), *kept]
-
-    def _restore(self, resume: Path | None) -> None:
-        """Continue from the newest whole checkpoint of run folder `resume`, or start anew where it is None."""
-        elsewhere = resume is None or resume.resolve() != self.folder.resolve()
-        with all_ranks(self.comm):
-            if elsewhere:
-                runfolder.refuse_used(self.folder)
-        if resume is None:
-            return
-        folder = resume / "checkpoints"
-        found, refused = checkpoint.newest(folder, self.comm)
-        for line in refused:
-            self._warn(line)
-        if found is None:
-            if refused:
-                raise CheckpointError(f"{folder}: no usable checkpoint; move it away and train without --resume")
-            self.console.note(f"{folder}: no checkpoint yet, starting anew")  # a job script always says --resume
-            return
-        with all_ranks(self.comm):
-            for what, mine in (("config", config_hash(self.config)), ("data", self.data.uuid)):
-                if found.state.get(what) != mine:
-                    raise CheckpointError(
-                        f"{found.path}: was made with another {what} ({found.state.get(what)}, now {mine}); "
-                        f"resume with {resume / 'config.toml'}, or give run.folder another name and start anew"
-                    )
-            restore(found, self._tensors())
-        state = found.state
-        self.epoch, self.position, self.step_number = state["epoch"], state["position"], state["step"]
-        self.totals = Totals(**state["totals"])
-        self.saved = -1 if elsewhere else found.step
-        same = state["plan"] == {name: partition.parts() for name, partition in self.plan.partitions.items()}
-        self.console.note(
-            f"resumed {found.path} at step {found.step}"
-            + ("" if same else f": from a plan on {state['ranks']} ranks to another on {self.world.size}")
-        )
-
     # --- small things ----------------------------------------------------------------------------------------------
 
     @property
     def _score(self) -> str:
         return self.loss.layer.score if isinstance(self.loss.layer, Loss) else "score"
 
+    def _phases(self) -> dict[str, float]:
+        """What this rank has spent so far: seconds by phase, and bytes sent in exchanges."""
+        spent = {f"{phase}_seconds": seconds for phase, seconds in self.executor.seconds.items()}
+        return spent | {"input_seconds": self.input_seconds, "bytes_sent": self.executor.bytes_sent()}
+
+    def _save(self) -> None:
+        self.saver.save(self.at)
+        if self.world.rank == 0:
+            self.metrics.flush()
+
     def _enough(self) -> bool:
         limit = self.config.train.steps
-        return limit is not None and self.step_number >= limit
+        return limit is not None and self.at.step >= limit
 
     def _loader(self, data: Dataset, batches: Batches) -> Loader:
         return Loader(data, batches, self.executor.box("x"), self.executor.box("y"))

@@ -29,6 +29,9 @@ class Reference:
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
     def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
+        out.fill(0)
+        if x.size == 0:  # no input channels on this rank
+            return
         matrix = w.reshape(-1, w.shape[-1])
         windows = _windows(x, w.shape[:-2], stride, dilation)
         for part in _parts(windows):
@@ -37,6 +40,8 @@ class Reference:
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
         out.fill(0)
+        if out.size == 0:
+            return
         matrix = w.reshape(-1, w.shape[-1])
         windows = _windows(out, w.shape[:-2], stride, dilation)
         for part in _parts(windows):
@@ -48,6 +53,8 @@ class Reference:
                 into[_tap(tap, w.ndim)] += columns[_tap(tap, w.ndim)]
 
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
+        if out.size == 0:
+            return
         matrix = np.zeros((prod(out.shape[:-1]), out.shape[-1]), out.dtype)
         windows = _windows(x, out.shape[:-2], stride, dilation)
         for part in _parts(windows):

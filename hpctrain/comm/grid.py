@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from mpi4py import MPI
 
 from hpctrain.errors import PlanError
@@ -27,7 +25,17 @@ class ProcessGrid:
         self.comm = comm.Create_cart(partition.shape, reorder=False)
         self.active = self.comm != MPI.COMM_NULL
 
-    @cache  # noqa: B019 - a grid lives as long as the run
+        self._subs: dict[tuple[str, ...], MPI.Intracomm] = {}
+
     def sub(self, axes: tuple[str, ...]) -> MPI.Intracomm | None:
-        """The ranks that differ from this one only along `axes`; None on idle ranks. Collective over the grid."""
-        return self.comm.Sub([axis in axes for axis in AXES]) if self.active else None
+        """The ranks that differ from this one only along `axes`; None on idle ranks. Collective at first."""
+        if not self.active:
+            return None
+        if axes not in self._subs:
+            self._subs[axes] = self.comm.Sub([axis in axes for axis in AXES])
+        return self._subs[axes]
+
+    def free(self) -> None:
+        """Release the communicators. Collective."""
+        for comm in (*self._subs.values(), *([self.comm] if self.active else [])):
+            comm.Free()

@@ -44,7 +44,7 @@ class Loss(Layer):
     def needs(self, *x: Shape) -> tuple[Dims, ...]:
         return tuple((Along(0), *(None for _ in shape[1:])) for shape in x)
 
-    def invalid(self, target: Array, classes: int) -> np.ndarray:
+    def invalid(self, target: Array, classes: int) -> Array:
         """Which rows (bool) of `target` this loss cannot use with `classes` predictions a sample."""
         raise NotImplementedError
 
@@ -61,8 +61,9 @@ class SoftmaxCrossEntropy(Loss):
             raise PlanError(f"softmax cross-entropy: logits {logits} and labels {labels}; it takes (N, K) and (N,)")
         return super().output_shape(*x)
 
-    def invalid(self, target: Array, classes: int) -> np.ndarray:
-        return np.asarray((target < 0) | (target >= classes))
+    def invalid(self, target: Array, classes: int) -> Array:
+        wrong: Array = np.logical_or(target < 0, target >= classes)
+        return wrong
 
     def bind(self, place: Place) -> SoftmaxCrossEntropyOp:
         return SoftmaxCrossEntropyOp(place)
@@ -99,8 +100,9 @@ class MSE(Loss):
             raise PlanError(f"mse: predictions {x[0]} and targets {x[1]}; it takes (N, K) twice")
         return super().output_shape(*x)
 
-    def invalid(self, target: Array, classes: int) -> np.ndarray:
-        return ~np.isfinite(target).all(axis=1)
+    def invalid(self, target: Array, classes: int) -> Array:
+        wrong: Array = ~np.isfinite(target).all(axis=1)
+        return wrong
 
     def bind(self, place: Place) -> MSEOp:
         return MSEOp(place)

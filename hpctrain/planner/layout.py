@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpctrain.graph import Graph, Node
-from hpctrain.layers import Input
-from hpctrain.partition import Distribution, Partition, Region, Wanted, traffic, wanted
+from hpctrain.layers import Input, Loss
+from hpctrain.partition import Distribution, Partition, Region, Wanted, touched, traffic, wanted
 from hpctrain.planner.plan import Plan
 
 
@@ -34,7 +34,7 @@ def layout(node: Node, partition: Partition) -> Layout:
     work, output = layer.work(partition, *shapes), layer.output(partition, *shapes)
     needs = layer.needs(*shapes)
     inputs = tuple(wanted(work, dims, shape) for dims, shape in zip(needs, shapes, strict=True))
-    produced = wanted(work, layer.produces(*shapes), output.shape)
+    produced = touched(work, layer.produces(*shapes), output.shape)  # without work: zeros, and perhaps a bias
     return Layout(
         node,
         partition,
@@ -53,11 +53,19 @@ def layouts(graph: Graph, plan: Plan) -> dict[str, Layout]:
 
 
 def differentiable(graph: Graph) -> set[str]:
-    """Layers whose output depends on a trained parameter: gradients flow through these only."""
-    found: set[str] = set()
+    """Layers that depend on a trained parameter, and the loss on them: gradients flow through these only."""
+    trained: set[str] = set()
     for node in graph:
-        trains = not isinstance(node.layer, Input) and bool(node.layer.weights(*node.input_shapes))
-        if trains or any(name in found for name in node.inputs):
+        if node.layer.weights(*node.input_shapes) or any(name in trained for name in node.inputs):
+            trained.add(node.name)
+    return trained & useful(graph)
+
+
+def useful(graph: Graph) -> set[str]:
+    """Layers that the loss depends on, itself included."""
+    found: set[str] = set()
+    for node in reversed(list(graph)):
+        if isinstance(node.layer, Loss) or any(user.name in found for user, _ in graph.consumers(node.name)):
             found.add(node.name)
     return found
 
@@ -79,14 +87,14 @@ class Edge:
 
 def edges(graph: Graph, plan: Plan) -> list[Edge]:
     """Every transfer of one training step, in the order the executor makes them forward."""
-    places, trained, found = layouts(graph, plan), differentiable(graph), []
+    places, varied, needed, found = layouts(graph, plan), differentiable(graph), useful(graph), []
     for name, place in places.items():
         for slot, (source, want) in enumerate(zip(place.node.inputs, place.inputs, strict=True)):
             layer = graph[source].layer
             integer = isinstance(layer, Input) and layer.integer
-            found.append(Edge(name, slot, places[source].output, want, integer, source in trained))
+            found.append(Edge(name, slot, places[source].output, want, integer, source in varied and name in needed))
         if place.partial is not None:
-            found.append(Edge(name, None, place.output, place.partial, False, name in trained))
+            found.append(Edge(name, None, place.output, place.partial, False, name in varied))
     return found
 
 

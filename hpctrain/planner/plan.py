@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
+from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, names
 
 VERSION = 1
@@ -54,6 +55,8 @@ class Plan:
             raise PlanError(f"plan: no layer {unknown[0]} in this network; it has {', '.join(graph.nodes)}")
         for node in graph:
             limits = extents(node)
+            if isinstance(node.layer, Input) and not graph.consumers(node.name):
+                raise PlanError(f"input {node.name}: no layer reads it; remove it from the network")
             for axis, parts in self.partitions[node.name].parts().items():
                 if axis not in limits:
                     raise PlanError(

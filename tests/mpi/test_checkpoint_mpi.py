@@ -116,6 +116,7 @@ def test_a_full_disk_on_one_rank_leaves_the_checkpoints_before(comm: Any, folder
         assert (checkpoint.step, messages) == (1, [])
         comm.Barrier()
         assert [path.name for path in folder.iterdir()] == ["step-000000000001"]
+        comm.Barrier()  # before rank 0 begins the next one
     assert save(folder, 2, blocks, {}, comm).name == "step-000000000002"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import ceil, log2
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,12 @@ def allreduce(comm: MPI.Intracomm, buffer: np.ndarray) -> None:
 
 
 def cost(ranks: int, nbytes: int, net: Network) -> float:
-    """Seconds of Rabenseifner's algorithm, which libraries use for long messages (Thakur et al. 2005)."""
-    steps, share = ceil(log2(ranks)), (ranks - 1) / ranks * nbytes
-    return 2 * steps * net.alpha + share * (2 * net.beta + net.gamma)
+    """Seconds of Rabenseifner's algorithm, which libraries use for long messages (Thakur et al. 2005, section 4.5).
+
+    Where ranks are no power of two, the surplus first hands its vector to a neighbour and gets the result from it.
+    """
+    steps, share = ranks.bit_length() - 1, (ranks - 1) / ranks * nbytes
+    seconds = 2 * steps * net.alpha + share * (2 * net.beta + net.gamma)
+    if ranks & (ranks - 1):
+        seconds += 2 * net.alpha + nbytes * (2 * net.beta + net.gamma)
+    return seconds

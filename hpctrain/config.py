@@ -1,0 +1,269 @@
+"""The configuration of a run: frozen structs filled from TOML and overrides. Every default is stated here, once."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import asdict, replace
+
+from hpctrain.errors import ConfigError
+from hpctrain.partition import Partition
+from hpctrain.toml_errors import Problem, find_problems, report
+from hpctrain.toml_text import dumps, lay_over, parse_override, read
+
+Name = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which network."""
+
+    name: Name
+    """A network of the zoo, or `"net.py:build"`: a function in a file that returns a Graph."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of its builder."""
+
+
+class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which samples."""
+
+    train: Name
+    """Folder of shards to train on."""
+    test: Name | None = None
+    """Folder of shards to evaluate on."""
+    normalize: bool = True
+    """Shift and scale inputs by the training set's mean and deviation."""
+    verify: bool = False
+    """Check the hash of every tile that is read."""
+
+
+class Grid(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Blocks along each axis of the process grid, the same for every layer. Fields are those of `Partition`."""
+
+    batch: Count = 1
+    depth: Count = 1
+    height: Count = 1
+    width: Count = 1
+    channel: Count = 1
+    contraction: Count = 1
+
+    @property
+    def partition(self) -> Partition:
+        """This grid as the noun that the rest of the program uses."""
+        return Partition.of(asdict(self))
+
+
+class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the work is cut over ranks."""
+
+    grid: Grid | Name = Grid()
+    """One grid for all layers, or the path of a plan.json."""
+    allreduce: Literal["ring", "mpi"] = "ring"
+    """How gradients are summed."""
+
+
+class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The learning rate over time, as a factor of `optim.lr`, after a linear warm-up."""
+
+    name: Literal["constant", "step", "cosine", "polynomial"] = "constant"
+    warmup_epochs: NotNegative = 0.0
+    milestones: tuple[Count, ...] = ()
+    """step: epochs after which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    power: Positive = 1.0
+    """polynomial: exponent."""
+    final_lr: NotNegative = 0.0
+    """cosine, polynomial: the rate at the end."""
+
+
+class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How weights are updated."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Positive
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: NotNegative = 0.0
+    schedule: Schedule = Schedule()
+
+
+class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How long, how large, how exact."""
+
+    epochs: Count
+    batch: Count
+    """Samples of a step, over all ranks."""
+    eval_batch: Count | None = None
+    """Samples of an evaluation step, over all ranks; `batch` when absent."""
+    seed: Whole = 0
+    precision: Literal["float32", "float64"] = "float32"
+    backend: Literal["native", "reference"] = "native"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a sample or loss that is not finite does: stop the run, or skip its step."""
+    steps: Count | None = None
+    """Stop after so many steps, whatever `epochs` says."""
+    eval_every: Count = 1
+    """Epochs between evaluations."""
+    drop_last: bool = True
+    """Drop the samples that do not fill the last batch of an epoch."""
+
+
+class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When the run is saved; 0 is never."""
+
+    every_epochs: Whole = 1
+    every_steps: Whole = 0
+    keep: Annotated[int, Meta(ge=2)] = 2
+    """How many checkpoints are kept: if the newest is damaged, there must be one to fall back to."""
+
+
+class Run(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is written about the run."""
+
+    folder: Name
+    """The run folder; `runs/NAME` for NAME.toml when absent."""
+    log_every: Positive = 10.0
+    """Seconds between lines of progress where there is no terminal to draw on."""
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run, checked. Fields are the tables of the file."""
+
+    model: Model
+    data: Data
+    plan: Plan = Plan()
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path`, with `section.key=value` overrides laid over it.
+
+    An override's value is TOML, or else taken as text; an empty one restores the default. Relative paths in the file
+    and in overrides count from the current directory, not from the file, and come out absolute: what `to_toml` writes
+    into the run folder then works from anywhere. Raises ConfigError that lists every mistake, each with its line.
+    """
+    text, table = read(path)
+    given = [parse_override(word) for word in overrides]
+    for key_path, value in given:
+        lay_over(table, key_path, value)
+    if isinstance(run := table.setdefault("run", {}), dict):
+        run.setdefault("folder", f"runs/{path.stem}")
+    problems = find_problems(Config, table)
+    if not problems:
+        config = msgspec.convert(table, Config)
+        problems = list(_contradictions(config))
+        if not problems:
+            return _absolute(config)
+    raise ConfigError(report(path, text, table, [key_path for key_path, _ in given], problems))
+
+
+def to_toml(config: Config) -> str:
+    """`config` with every default written out, as TOML that `load` reads back equal."""
+    return dumps(_builtins(config))
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits of all that decides which numbers come out, up to rounding.
+
+    Left out: how the work is cut and by which backend (rounding only), where data lies (its index names the content),
+    evaluation, checkpoints, logging, and when to stop (unless the learning rate depends on it).
+    """
+    table = _builtins(config)
+    for path in _NOT_MATHEMATICS:
+        section, _, key = path.partition(".")
+        if key:
+            del table[section][key]
+        else:
+            del table[section]
+    if config.optim.schedule.name in ("constant", "step"):
+        del table["train"]["epochs"]
+    table["model"]["name"] = Path(config.model.name).name
+    return hashlib.blake2b(msgspec.json.encode(table, order="sorted"), digest_size=8).hexdigest()
+
+
+_NOT_MATHEMATICS = (
+    "data.train",
+    "data.test",
+    "data.verify",
+    "plan",
+    "train.backend",
+    "train.eval_batch",
+    "train.eval_every",
+    "train.steps",
+    "checkpoint",
+    "run",
+)
+
+
+def _builtins(config: Config) -> dict[str, Any]:
+    dates = (datetime.datetime, datetime.date, datetime.time)  # TOML has them, so `model.options` may
+    table: dict[str, Any] = msgspec.to_builtins(config, builtin_types=dates)
+    return table
+
+
+# --- checks that need more than one key ------------------------------------------------------------------------------
+
+_SCHEDULE_KEYS = {
+    "constant": (),
+    "step": ("milestones", "gamma"),
+    "cosine": ("final_lr",),
+    "polynomial": ("power", "final_lr"),
+}
+
+
+def _contradictions(config: Config) -> Iterator[Problem]:
+    """Keys that are right alone and wrong together."""
+    optim, train, grid = config.optim, config.train, config.plan.grid
+    schedule = optim.schedule
+    if optim.nesterov and optim.momentum == 0:
+        yield Problem(("optim", "nesterov"), "needs momentum; set optim.momentum, for instance 0.9")
+    for key, default in asdict(Schedule()).items():
+        users = [name for name, keys in _SCHEDULE_KEYS.items() if key in keys]
+        if users and schedule.name not in users and getattr(schedule, key) != default:
+            text = f"has no effect with schedule {schedule.name!r}; it belongs to {' and '.join(users)}"
+            yield Problem(("optim", "schedule", key), text)
+    if schedule.name == "step" and not schedule.milestones:
+        yield Problem(("optim", "schedule", "milestones"), "schedule 'step' needs epochs, for instance [30, 60]")
+    if list(schedule.milestones) != sorted(set(schedule.milestones)):
+        yield Problem(("optim", "schedule", "milestones"), "expected epochs in ascending order, each once")
+    if schedule.warmup_epochs > train.epochs:
+        yield Problem(("optim", "schedule", "warmup_epochs"), f"longer than the run; train.epochs is {train.epochs}")
+    if schedule.final_lr > optim.lr:
+        yield Problem(("optim", "schedule", "final_lr"), f"above optim.lr, which is {optim.lr}; rates only fall")
+    if isinstance(grid, Grid):
+        for key, batch in (("batch", train.batch), ("eval_batch", train.eval_batch)):
+            if batch is not None and grid.batch > batch:
+                text = f"more blocks than train.{key} has samples ({batch}); lower the grid or raise the batch"
+                yield Problem(("plan", "grid", "batch"), text)
+
+
+def _absolute(config: Config) -> Config:
+    """`config` with the paths of files absolute."""
+    model, data, plan, run = config.model, config.data, config.plan, config.run
+    name = str(Path(model.name).absolute()) if re.search(r"\.(py:\w+|onnx)$", model.name) else model.name
+    test = None if data.test is None else str(Path(data.test).absolute())
+    grid = str(Path(plan.grid).absolute()) if isinstance(plan.grid, str) else plan.grid
+    return replace(
+        config,
+        model=replace(model, name=name),
+        data=replace(data, train=str(Path(data.train).absolute()), test=test),
+        plan=replace(plan, grid=grid),
+        run=replace(run, folder=str(Path(run.folder).absolute())),
+    )
