@@ -8,19 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from hpctrain.errors import DataError
-
-
-def random_words(purpose: str, seed: int, index: int, n: int) -> np.ndarray:
-    """`n` random words, uint64 (n,): the raw output of Philox4x64-10.
-
-    Its key is (seed, index); its 256-bit counter has `purpose` (at most 8 ASCII letters, little-endian) in the last
-    word, so that different uses never share words, and counts from 1 in the first. Raises DataError on a seed beyond
-    64 bits.
-    """
-    if not 0 <= seed < 2**64:
-        raise DataError(f"seed = {seed}; give a whole number from 0 to 2**64 - 1")
-    counter = np.array([0, 0, 0, int.from_bytes(purpose.encode(), "little")], np.uint64)
-    return np.random.Philox(counter=counter, key=np.array([seed, index], np.uint64)).random_raw(n)
+from hpctrain.randomness import random_words
 
 
 def permutation(seed: int, epoch: int, n: int, purpose: str = "order") -> np.ndarray:

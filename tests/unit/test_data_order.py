@@ -7,8 +7,9 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from hpctrain.data.order import Batches, permutation, random_words
-from hpctrain.errors import DataError
+from hpctrain.data.order import Batches, permutation
+from hpctrain.errors import HpctrainError
+from hpctrain.randomness import random_words
 
 MASK = 2**64 - 1
 
@@ -111,5 +112,5 @@ def test_asking_in_any_order_gives_the_same() -> None:
     ],
 )
 def test_what_cannot_be_asked(problem, numbers: str) -> None:
-    with pytest.raises(DataError, match=numbers):
+    with pytest.raises(HpctrainError, match=numbers):
         problem()

@@ -9,9 +9,9 @@ from uuid import NAMESPACE_URL, uuid5
 import numpy as np
 
 from hpctrain.data.index import Index, Layout, Target
-from hpctrain.data.order import random_words
 from hpctrain.data.writer import Chunk, Statistics, write_shards
 from hpctrain.errors import DataError
+from hpctrain.randomness import random_words
 
 # Drawn uniformly. A is the power at the pivot k0, so that the two are nearly independent in the field.
 SPECTRAL_INDEX = (-3.0, -1.0)
