@@ -241,7 +241,8 @@ class Executor:
             if replicated:
                 self._grid(partition).sub(replicated)
         mine = {n: self.parameters.by_name[f"{node.name}.{n}"] for n in place.weights}
-        running = {t.name.rpartition(".")[2]: t.array for t in self.state if t.name.startswith(f"{node.name}.")}
+        owned = {t.name.rpartition("."): t.array for t in self.state}
+        running = {name: array for (layer, _, name), array in owned.items() if layer == node.name}
         produced: Region = place.output if place.partial is None else place.partial
         op = node.layer.bind(
             Place(

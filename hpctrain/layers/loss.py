@@ -101,7 +101,7 @@ class MSE(Loss):
         return super().output_shape(*x)
 
     def invalid(self, target: Array, classes: int) -> Array:
-        wrong: Array = ~np.isfinite(target).all(axis=1)
+        wrong: Array = np.logical_not(np.isfinite(target).all(axis=1))
         return wrong
 
     def bind(self, place: Place) -> MSEOp:
