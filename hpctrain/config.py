@@ -45,7 +45,7 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     normalize: bool = True
     """Shift and scale inputs by the training set's mean and deviation."""
     verify: bool = False
-    """Check the hash of every tile that is read."""
+    """Read all data once at the start, shared among the ranks, and compare its hashes."""
 
 
 class Grid(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from hpctrain import models
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
-from hpctrain.errors import DataError, PlanError
+from hpctrain.errors import ConfigError, DataError, PlanError
 from hpctrain.graph import Graph
+from hpctrain.layers import Input
+from hpctrain.partition import Shape
 from hpctrain.planner import plan as plans
 from hpctrain.planner.plan import Plan
 
@@ -31,11 +34,31 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
 
 def build_graph(config: Config, data: Dataset) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
-    sample = models.Sample(data.x_shape, data.classes, sum(data.y_shape))
+    sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape))
     try:
-        return models.build(config.model.name, config.train.batch, sample, config.model.options)
+        graph = models.build(config.model.name, config.train.batch, sample, config.model.options)
     except PlanError as error:
         raise PlanError(f"{data.folder}: samples of {data.x_shape} do not fit {config.model.name}: {error}") from None
+    _require_inputs(graph, config, data)
+    return graph
+
+
+def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
+    """Raises ConfigError where a network's inputs are not what the loader fills: x and y of a batch."""
+    if not isinstance(graph, Graph):
+        raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")
+    found = {node.name: node.shape for node in graph if isinstance(node.layer, Input)}
+    batch = config.train.batch
+    expected = {"x": (batch, *data.x_shape), "y": (batch, *data.y_shape)}
+    if found != expected:
+        raise ConfigError(
+            f"model.name: {config.model.name} has inputs {_shapes(found)}, but a batch of {data.folder} is "
+            f"{_shapes(expected)}; give a network and data that fit each other"
+        )
+
+
+def _shapes(tensors: dict[str, Shape]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in tensors.items()) or "none"
 
 
 def make_plan(config: Config, graph: Graph) -> Plan:

@@ -45,6 +45,8 @@ class Trainer:
             self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
             self.loss = self.graph.loss
             backend = backends.get(config.train.backend)
+            if config.data.verify:
+                self._verify_data()
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed)
@@ -250,6 +252,11 @@ class Trainer:
         """A warning that all ranks share, said once."""
         if self.world.rank == 0:
             self.console.warn(text)
+
+    def _verify_data(self) -> None:
+        """Compare the hashes of all data, each rank those of some shards. Raises DataError."""
+        for data in filter(None, (self.data, self.test)):
+            data.verify(range(self.world.rank, len(data.shards), self.world.size))
 
     def _describe(self, backend: str) -> None:
         grid = self.config.plan.grid

@@ -64,6 +64,10 @@ def not_a_number(data: Path) -> None:
     overwrite(data, "x", 5, np.array([np.nan], np.float32))
 
 
+def bit_flip(data: Path) -> None:
+    overwrite(data, "x", 4, np.array([1e-3], np.float32))
+
+
 @dataclass(frozen=True)
 class Case:
     """What is wrong, and what the message must hold."""
@@ -98,6 +102,11 @@ CASES = {
     "label out of range": Case(("label", "0 to 3", "sample 3"), label_out_of_range),
     "sample that is not finite": Case(("not finite", "step 1", "sample", "NaN"), not_a_number),
     "loss that is not finite": Case(("not finite", "optim.lr"), words=("optim.lr=1e200",)),
+    "bit flip in a shard": Case(("shard-00000.h5", "tile 0", "samples"), bit_flip, ("data.verify=true",)),
+    "network of other inputs": Case(
+        ("inputs x (20, 5)", "x (20, 17, 15, 1)", "fit each other"), model="other.py:build"
+    ),
+    "network that is none": Case(("none.py:build", "returned NoneType", "Graph"), model="none.py:build"),
     "plan file missing": Case(("none.json", "read"), words=("plan.grid=none.json",)),
 }
 
@@ -109,6 +118,17 @@ def build(batch, sample):
     net, x = start(batch, sample)
     x = net.add("norm3", BatchNorm(), x)
     net.add("conv", Conv(4, kernel=19), x)
+""",
+    "other.py": """
+from hpctrain.layers import Dense
+from hpctrain.models import Sample, finish, start
+def build(batch, sample):
+    net, x = start(batch, Sample((5,), sample.classes))
+    return finish(net, net.add("out", Dense(4), x), sample)
+""",
+    "none.py": """
+def build(batch, sample):
+    pass
 """,
     "few.py": """
 from hpctrain.layers import Dense, Flatten
