@@ -1,0 +1,100 @@
+"""Our compiled kernels (kernels/cpu) where there are some, NumPy for the rest; `describe` says which is which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpctrain.backends.base import Floats
+from hpctrain.backends.reference import Reference
+from hpctrain.errors import BackendUnavailable
+
+COMPILED = (
+    *("add", "relu", "relu_dx", "bias_add", "bias_grad", "sum_positions", "spread_positions"),
+    *("moments", "normalize", "normalize_grad", "normalize_dx", "sgd_update"),
+)
+"""The operations that compiled kernels compute; the others are inherited from `Reference`."""
+
+
+class Native(Reference):
+    """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
+
+    Sums are taken in double precision, in an order that depends on shapes alone. Raises BackendUnavailable without the
+    compiled module hpctrain._native, TypeError or ValueError on arrays that do not fit.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._kernels = _import_kernels()
+
+    def describe(self) -> str:
+        inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
+        others = [name for name in inherited if name not in (*COMPILED, "describe", "empty")]
+        # a gradient is computed by what computes its operation
+        families = [name for name in others if not name.endswith(("_dx", "_dw"))]
+        return (
+            f"native: compiled kernels for {len(COMPILED)} operations; NumPy {np.__version__} for {', '.join(families)}"
+        )
+
+    def add(self, a: Floats, b: Floats, out: Floats) -> None:
+        self._kernels.add(a, b, out)
+
+    def relu(self, x: Floats, out: Floats) -> None:
+        self._kernels.relu(x, out)
+
+    def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
+        self._kernels.relu_dx(dy, y, out)
+
+    def bias_add(self, y: Floats, b: Floats) -> None:
+        self._kernels.bias_add(y, b)
+
+    def bias_grad(self, dy: Floats, out: Floats) -> None:
+        self._kernels.bias_grad(dy, out)
+
+    def sum_positions(self, x: Floats, out: Floats, scale: float) -> None:
+        self._kernels.sum_positions(x, out, scale)
+
+    def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
+        self._kernels.spread_positions(dy, out, scale)
+
+    def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
+        self._kernels.moments(x, mean, m2)
+
+    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
+        self._kernels.normalize(x, mean, rstd, gamma, beta, out)
+
+    def normalize_grad(
+        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+    ) -> None:
+        self._kernels.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+
+    def normalize_dx(
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        mean_dy: Floats,
+        mean_dy_xhat: Floats,
+        out: Floats,
+    ) -> None:
+        self._kernels.normalize_dx(dy, x, mean, rstd, gamma, mean_dy, mean_dy_xhat, out)
+
+    def sgd_update(
+        self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
+    ) -> None:
+        self._kernels.sgd_update(w, g, velocity, lr, momentum, weight_decay, nesterov)
+
+
+def _import_kernels() -> Any:
+    try:
+        import hpctrain._native as kernels
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend 'native': the compiled module does not load ({error}); build it where the sources are with "
+            "`pip install .` (needs a C++ compiler, HPCTRAIN_NATIVE not 0), or choose the backend 'reference'"
+        ) from error
+    return kernels

@@ -1,0 +1,96 @@
+"""What only the compiled backend promises: it says what it compiles, refuses misfits, and repeats its bits."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from cases import Arrays
+
+from hpctrain import backends
+from hpctrain.backends.base import Backend
+from hpctrain.backends.native import COMPILED, Native
+from hpctrain.backends.reference import Reference
+from hpctrain.errors import BackendUnavailable
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("HPCTRAIN_NATIVE") == "0", reason="HPCTRAIN_NATIVE=0: installed without compiled kernels"
+)
+
+
+def test_describe_names_each_operation_once_and_on_the_side_that_computes_it() -> None:
+    operations = {name for name in vars(Backend) if not name.startswith("_")} - {"describe", "empty", "name", "dtypes"}
+    compiled, others = Native().describe().removeprefix("native: compiled kernels for ").split("; NumPy ")
+    in_numpy = others.split(" for ")[1].split(", ")
+    assert tuple(compiled.split(", ")) == COMPILED
+    assert sorted([*COMPILED, *in_numpy]) == sorted(operations)
+    assert {name for name in operations if getattr(Native, name) is not getattr(Reference, name)} == set(COMPILED)
+
+
+def test_missing_module_is_refused_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hpctrain._native", None)
+    with pytest.raises(BackendUnavailable, match=r"'native'.*`pip install \.`.*'reference'"):
+        backends.get("native")
+
+
+A = np.ones((3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda n: n.add(A, A, A.astype(float)), TypeError, r"_native\.add: .*one type.*got float32, float32, float64"),
+        (lambda n: n.add(A, A, A[:2].copy()), ValueError, r"add: .*one shape.*\(3, 4\) and \(2, 4\)"),
+        (lambda n: n.relu([1.0], A), TypeError, r"relu: .*got <class 'list'>, float32"),
+        (lambda n: n.relu(A, np.broadcast_to(A[0], (3, 4))), TypeError, r"relu: .*writeable"),
+        (lambda n: n.relu(A.astype(">f4"), A), TypeError, r"relu: .*got >f4, float32"),
+        (
+            lambda n: n.bias_add(np.ones((4, 3), np.float32).T, A[0]),
+            ValueError,
+            r"bias_add: channels.*ascontiguousarray",
+        ),
+        (lambda n: n.bias_add(A, A[:, 0]), ValueError, r"bias_add: .*4 channels.*\(3\)"),
+        (lambda n: n.moments(A, A[0], A[1]), TypeError, r"moments: .*statistics always float64"),
+        (lambda n: n.sum_positions(A, A[:2].copy(), 1.0), ValueError, r"sum_positions: .*\(2, 4\) beside \(3, 4\)"),
+        (lambda n: n.sgd_update(A, A, A, 0.1, 0.9, 0.0, False), ValueError, r"sgd_update: 1D.*\(3, 4\)"),
+        (lambda n: n.relu(np.ones((1,) * 8), np.ones((1,) * 8)), ValueError, r"relu: an array of 8 dims; .* to 7"),
+    ],
+)
+def test_unfit_arrays(call: Callable[[Native], None], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(Native())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 64, 100])
+def test_bits_do_not_depend_on_strides(channels: int, seed: int) -> None:
+    native, rng = Native(), np.random.default_rng(seed)
+    values = rng.standard_normal((2, 5, 13, 17, channels)).astype(np.float32)
+    results = []
+    for strided in (False, True):
+        arrays = Arrays(np.dtype("float32"), seed, strided)
+        x, y, out = arrays.of(values), arrays.of(values[::-1]), arrays.out(*values.shape)
+        gamma, beta, mean, m2, sums = values[0, 0, 0, 0], values[1, 0, 0, 0], *np.zeros((3, channels))
+        native.moments(x, mean, m2)
+        native.normalize(x, mean, 1 / np.sqrt(m2), gamma, beta, out)
+        native.normalize_grad(x, y, mean, m2, sums, sums_xhat := np.zeros(channels))
+        native.bias_grad(y, bias := np.zeros(channels, np.float32))
+        results.append(b"".join(a.tobytes() for a in (mean, m2, out, sums, sums_xhat, bias)))
+        arrays.check_surroundings()
+    assert results[0] == results[1]
+
+
+def test_innermost_dim_may_be_strided_for_elementwise_operations(seed: int) -> None:
+    rng, out = np.random.default_rng(seed), np.zeros((7, 5, 3), np.float32)
+    a, b = rng.standard_normal((2, 3, 5, 7)).astype(np.float32)
+    Native().add(a.T, b[::-1].T, out)
+    np.testing.assert_array_equal(out, a.T + b[::-1].T)
+
+
+def test_sum_of_many_float32_keeps_float32_accuracy() -> None:
+    n = 2**22 + 1
+    x, out = np.full((n, 1), 0.1, np.float32), np.zeros(1, np.float32)
+    Native().bias_grad(x, out)
+    assert out[0] == np.float32(n * float(np.float32(0.1)))
