@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import FrameType, TracebackType
-from typing import cast
+from typing import NoReturn, cast
 
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, launched, refuse
 from hpctrain.comm.launchers import STOPPED as STOPPED
@@ -133,7 +133,7 @@ def _abort_on_exception(kind: type[BaseException], error: BaseException | None, 
     """The excepthook of every thread: an exception that nobody catches would leave the other ranks waiting for ever."""
     error = error or kind()
     _say(error, f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}: ")
-    MPI.COMM_WORLD.Abort(_status(error))
+    _abort(_status(error))
 
 
 # --- errors that all ranks share -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def _leave(world: World, status: int, error: BaseException | None) -> int:
     if endings is None:
         if error is not None:
             _say(error, f"rank {world.rank} of {world.size} on {world.hostname}: ")
-        MPI.COMM_WORLD.Abort(status)
+        _abort(status)
     alike = [rank for rank, ending in enumerate(endings) if ending == endings[world.rank]]
     if error is not None and alike[0] == world.rank:
         others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
@@ -206,6 +206,12 @@ def _leave(world: World, status: int, error: BaseException | None) -> int:
     if any(statuses):
         faulthandler.dump_traceback_later(10, exit=True)  # MPI_Finalize may wait for messages that nobody will send
     return max(statuses)
+
+
+def _abort(status: int) -> NoReturn:
+    """End all ranks."""
+    MPI.COMM_WORLD.Abort(status)
+    os._exit(status)  # MPICH's may return
 
 
 def _compare(world: World, status: int, error: BaseException | None) -> list[tuple[int, bytes]] | None:

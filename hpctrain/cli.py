@@ -1,0 +1,296 @@
+"""The command line: one function per command, which imports what it needs itself, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpctrain.errors import CheckpointError, ConfigError, HpctrainError, LaunchError
+
+if TYPE_CHECKING:
+    from hpctrain.comm.world import World
+    from hpctrain.config import Config
+
+STATUSES = "exit status: 0 good, 2 bad input, 3 lost a rank, 75 stopped on purpose and resumable"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. `argv` defaults to the process's own arguments."""
+    args, rest = parser().parse_known_args(argv)
+    # argparse takes positional arguments only in one piece: those after an option are left over.
+    if flags := [word for word in rest if word.startswith("-") or not hasattr(args, "words")]:
+        args.parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if rest:
+        args.words += rest
+    try:
+        status: int = args.run(args)
+    except HpctrainError as error:
+        from hpctrain.comm.launchers import refuse
+
+        return refuse(error)
+    except BrokenPipeError:  # `hpctrain data inspect FOLDER | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`hpctrain demo`: make data, write a config, train on several ranks of this machine."""
+    from hpctrain import demo as demos
+
+    folder = args.folder or Path("runs", args.what)
+    return demos.run(args.what, folder, args.ranks, args.epochs, args.quick)
+
+
+def train(args: argparse.Namespace) -> int:
+    """`hpctrain train`, on every rank that a launcher started."""
+    from hpctrain import launch
+    from hpctrain.comm.world import all_ranks, run_spmd
+
+    request = TrainRequest(args)
+    if args.dry_run:
+        return dry_run(request.load(), args.json)
+    if not launch.under_launcher():
+        require_ranks(request.load(), 1)
+
+    def on_each_rank(world: World) -> int:
+        from hpctrain import trainer
+
+        with all_ranks(world.comm):
+            config = request.load()
+            require_ranks(config, world.size)
+        return trainer.run(world, config, request.resume(config), args.json)
+
+    return run_spmd(on_each_rank)
+
+
+class TrainRequest:
+    """What the words of `hpctrain train` ask for: a config file or a run folder, and overrides."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        words = list(args.words)
+        # `--resume` takes the next word, which may have been meant as the config or an override.
+        if args.resume and not os.path.isdir(args.resume) and (args.resume.endswith(".toml") or "=" in args.resume):
+            words.insert(0, args.resume)
+            args.resume = ""
+        self.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
+        files = [word for word in words if word not in self.overrides]
+        if len(files) > 1:
+            raise ConfigError(f"train: one config at a time, not {' '.join(files)}; an override is section.key=value")
+        self.resuming = args.resume is not None
+        self.run = Path(args.resume) if args.resume else None
+        if files:
+            self.path = Path(files[0])
+        elif self.run:  # which then goes on in its own folder, wherever that is by now
+            self.path = self.run / "config.toml"
+            self.overrides.insert(0, f"run.folder={json.dumps(str(self.run))}")
+        else:
+            raise ConfigError("train: which run? give CONFIG.toml, or --resume RUN to continue one")
+
+    def load(self) -> Config:
+        """The config: that of CONFIG, or of the run folder to resume. Raises ConfigError or CheckpointError."""
+        from hpctrain import config
+
+        if self.run and self.path.parent == self.run and not self.path.is_file():
+            raise CheckpointError(f"{self.run}: not a run folder, it has no config.toml; {_runs_near(self.run)}")
+        return config.load(self.path, self.overrides)
+
+    def resume(self, config: Config) -> Path | None:
+        """The run folder to continue, or None to start anew."""
+        if not self.resuming:
+            return None
+        return self.run or Path(config.run.folder)
+
+
+def _runs_near(folder: Path) -> str:
+    found = sorted(path.parent for path in folder.parent.glob("*/config.toml"))
+    return f"there are {', '.join(map(str, found[-4:]))}" if found else "give the folder that the run named at its end"
+
+
+def require_ranks(config: Config, size: int) -> None:
+    """Raises LaunchError, with the line to paste, where the plan of `config` is for more than `size` ranks."""
+    from hpctrain import launch
+
+    grid = config.plan.grid
+    if isinstance(grid, str):
+        from hpctrain.planner import plan
+
+        ranks, asked = plan.load(Path(grid)).ranks, grid
+    else:
+        ranks, asked = grid.partition.size, f"plan.grid: {grid.partition}"
+    if ranks > size:
+        there = f"{size} were started" if launch.under_launcher() else "no launcher started this process"
+        line = launch.command_line(ranks, sys.argv[1:])
+        raise LaunchError(f"{asked} needs {ranks} ranks, but {there}; give a smaller grid, or:\n{line}")
+
+
+def dry_run(config: Config, as_json: bool) -> int:
+    """Print the resolved config and what every layer would become, without starting MPI."""
+    from hpctrain import launch, prepare
+    from hpctrain.config import to_toml
+
+    data, _ = prepare.open_datasets(config)
+    graph = prepare.build_graph(config, data)
+    plan = prepare.make_plan(config, graph)
+    layers = [
+        {"layer": node.name, "kind": type(node.layer).__name__, "shape": list(node.shape), "partition": cut.parts()}
+        for node in graph
+        if (cut := plan.partitions[node.name])
+    ]
+    print(to_toml(config))
+    print("\n".join(f"# {note}" for note in plan.notes))
+    width = max(len(layer.name) for layer in graph)
+    for node in graph:
+        shape = " x ".join(map(str, node.shape))
+        kind = type(node.layer).__name__
+        print(f"# {node.name.ljust(width)}  {kind:<20} {shape:<24} {plan.partitions[node.name]}")
+    print(f"# {launch.command_line(plan.ranks, ['train', *[w for w in sys.argv[2:] if w != '--dry-run']])}")
+    if as_json:
+        from hpctrain.console import print_json
+
+        print_json("train", layers)
+    return 0
+
+
+def data_make(args: argparse.Namespace) -> int:
+    """`hpctrain data make`: write one of the data sets that can be made without a download."""
+    if args.what == "digits":
+        from hpctrain.data.make.digits import make_digits
+
+        made = make_digits(args.folder, args.seed, args.size or 28)
+    else:
+        from hpctrain.data.make.volumes import make_volumes
+
+        made = make_volumes(args.folder, args.size or 32, args.train, args.test, args.seed)
+    for part, index in zip(("train", "test"), made, strict=True):
+        print(f"{args.folder / part}: {index.samples} samples")
+    return 0
+
+
+def data_import(args: argparse.Namespace) -> int:
+    """`hpctrain data import`: NumPy files to shards."""
+    from hpctrain.data.importer import import_arrays
+
+    *sources, folder = args.paths
+    if len(sources) not in (1, 2):
+        args.parser.error("give X.npy Y.npy FOLDER, or XY.npz FOLDER")
+    y = sources[1] if len(sources) == 2 else None
+    options = {"channels": args.channels, "classes": args.classes, "names": tuple(args.names), "like": args.like}
+    index = import_arrays(sources[0], y, folder, **options)
+    print(f"{folder}: {index.samples} samples in {len(index.shards)} shards")
+    return 0
+
+
+def data_inspect(args: argparse.Namespace) -> int:
+    """`hpctrain data inspect`: what a data set holds, and what is wrong with it."""
+    from hpctrain.data.dataset import inspect
+
+    records = inspect(args.folder, args.verify)
+    *shards, summary = records
+    for shard in shards:
+        print(f"{shard['file']}  {shard['samples']:>8} samples  {shard['bytes']:>13,} bytes  {shard['error'] or 'ok'}")
+    for key, value in summary.items():
+        print(f"{key:>9}  {value}")
+    if args.json:
+        from hpctrain.console import print_json
+
+        print_json("data inspect", records)
+    if summary["errors"]:
+        print(f"hpctrain: error: {args.folder}: {summary['errors']} bad shards, see above", file=sys.stderr)
+        return 2
+    if not args.verify:
+        print(
+            f"sizes and structure are right; to read and hash every byte:\nhpctrain data inspect {args.folder} --verify"
+        )
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """`hpctrain doctor`: whether this machine can run this program, and what to do where it cannot."""
+    from hpctrain import doctor as doctors
+
+    return doctors.run(args.mpi, args.json)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    top = argparse.ArgumentParser(
+        prog="hpctrain", description="Train convolutional networks, partitioned over MPI ranks.", epilog=STATUSES
+    )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    sub = _command(commands, "demo", demo, "train a small network on 4 ranks of this machine")
+    sub.add_argument("what", nargs="?", default="digits", choices=("digits", "volumes"))
+    sub.add_argument("--ranks", type=_positive, default=4)
+    sub.add_argument("--folder", type=Path, help="where data, config and runs go (default: runs/digits)")
+    sub.add_argument("--epochs", type=_positive, help="how long to train")
+    sub.add_argument("--quick", action="store_true", help="little data, one epoch: only to see that it runs")
+
+    sub = _command(commands, "train", train, "train a network; start it with mpirun or srun")
+    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="the config, and changes to it")
+    sub.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue from a run folder's checkpoint")
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, and leave")
+    _json(sub)
+
+    data = _command(commands, "data", None, "make, import and inspect data sets")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = _command(actions, "make", data_make, "write a data set that needs no download")
+    sub.add_argument("what", choices=("digits", "volumes"))
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--size", type=_positive, help="extent of a sample along each dim (28, or 32 for volumes)")
+    sub.add_argument("--train", type=_positive, default=512, help="volumes: training samples")
+    sub.add_argument("--test", type=_positive, default=128, help="volumes: test samples")
+
+    sub = _command(actions, "import", data_import, "turn NumPy files into a data set")
+    sub.add_argument("paths", nargs="+", type=Path, metavar="X.npy Y.npy FOLDER", help="or XY.npz FOLDER")
+    sub.add_argument("--channels", choices=("last", "first", "none"), default="last", help="where x has its channels")
+    sub.add_argument("--classes", type=_positive, help="number of classes (default: largest label + 1)")
+    sub.add_argument("--names", nargs="+", default=[], help="names of the values in y")
+    sub.add_argument("--like", type=Path, help="folder of the training data that this is a test set for")
+
+    sub = _command(actions, "inspect", data_inspect, "say what a data set holds, and whether it is whole")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--verify", action="store_true", help="read every byte and compare hashes")
+    _json(sub)
+
+    sub = _command(commands, "doctor", doctor, "check this machine: MPI, compiled kernels, memory")
+    sub.add_argument("--mpi", action="store_true", help="also start two ranks")
+    _json(sub)
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    sub.set_defaults(run=run, parser=sub)
+    return sub
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        from importlib.metadata import version
+
+        print(f"hpctrain {version('hpctrain')}")
+        parser.exit()
