@@ -44,6 +44,9 @@ class Graph:
             raise PlanError(f"layer {name}: no layer {missing[0]!r} before it; there are {', '.join(self.nodes)}")
         shapes = tuple(self.nodes[i].shape for i in inputs)
         try:
+            if len(shapes) not in layer.inputs:
+                some = f"{layer.inputs.start}" if len(layer.inputs) == 1 else f"{layer.inputs.start} or more"
+                raise PlanError(f"{len(shapes)} inputs; give {some}")
             shape = layer.output_shape(*shapes)
         except PlanError as error:
             raise PlanError(f"layer {name} (input {' and '.join(map(str, shapes))}): {error}") from None

@@ -1,10 +1,9 @@
-"""What a run leaves behind: its resolved config, plan and environment, and the closing words."""
+"""What a run leaves behind beside metrics and checkpoints: its resolved config, plan and environment."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -12,7 +11,6 @@ import xxhash
 from hpctrain import environment
 from hpctrain.comm.world import World
 from hpctrain.config import Config, to_toml
-from hpctrain.console import Console
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.planner.plan import Plan
 
@@ -52,11 +50,3 @@ def write(folder: Path, config: Config, plan: Plan, world: World) -> None:
 def digest(ids: np.ndarray) -> str:
     """16 hex digits that stand for a sequence of sample ids in metrics.jsonl."""
     return xxhash.xxh3_64_hexdigest(ids.astype(np.int64).tobytes())
-
-
-def finish(world: World, console: Console, folder: Path, epochs: list[dict[str, Any]], json_output: bool) -> None:
-    """Say where the run is; with `json_output` the last line of stdout is one object with a record per epoch."""
-    console.note(f"run folder {folder}")
-    if json_output and world.rank == 0:
-        about = {"command": "train", "machine": environment.machine(), "versions": environment.versions()}
-        print(json.dumps(about | {"results": epochs}), flush=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain import backends, optim, prepare, runfolder
+from hpctrain import backends, launch, optim, prepare, runfolder
 from hpctrain.comm.world import STOPPED, World, agree, all_ranks
 from hpctrain.config import Config
-from hpctrain.console import Console
+from hpctrain.console import Console, print_json
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loader import Loader
 from hpctrain.data.order import Batches
@@ -73,15 +73,14 @@ class Trainer:
         while self.at.epoch < self.config.train.epochs and not self._enough():
             if self._train_epoch():
                 self._save()
-                self.console.note(
-                    f"stopped on request after step {self.at.step} with status {STOPPED}; a complaint of the "
-                    f"launcher about that is expected. To go on:\nhpctrain train --resume {self.folder}"
-                )
+                self._say_stopped()
                 return STOPPED
             if self.at.position == self.batches.steps:
                 epochs.append(self._finish_epoch())
         self._save()
-        runfolder.finish(self.world, self.console, self.folder, epochs, json_output)
+        self.console.note(f"run folder {self.folder}")
+        if json_output and self.world.rank == 0:
+            print_json("train", epochs)
         return 0
 
     def _train_epoch(self) -> bool:
@@ -247,6 +246,14 @@ class Trainer:
 
     def _test_batches(self, test: Dataset) -> Batches:
         return Batches(test.samples, self.config.train.batch, 0, shuffle=False, drop_last=False)
+
+    def _say_stopped(self) -> None:
+        if self.world.rank == 0:
+            line = launch.command_line(self.world.size, ["train", "--resume", str(self.folder)])
+            self.console.note(
+                f"stopped on request after step {self.at.step} with status {STOPPED}; a complaint of the launcher "
+                f"about that is expected. To go on:\n{line}"
+            )
 
     def _warn(self, text: str) -> None:
         """A warning that all ranks share, said once."""

@@ -41,6 +41,8 @@ class Weight:
 class Layer:
     """What a layer computes: shapes, data needs, cost. Subclasses are frozen dataclasses; the planner's view."""
 
+    inputs: ClassVar[range] = range(1, 2)
+    """How many inputs it takes."""
     fill: ClassVar[float] = 0.0
     """What stands where a needed box leaves the input."""
     reduce_axes: ClassVar[tuple[str, ...]] = ()
@@ -169,6 +171,8 @@ def windows(
 ) -> tuple[Window, ...]:
     """One Window per position dim of a channels-last `shape`. Raises PlanError where the window does not fit."""
     dims = len(shape) - 2
+    if dims < 1:
+        raise PlanError(f"a sliding window needs positions, but {shape} has none; give (N, W, C), (N, H, W, C) or more")
     found = tuple(
         Window(*numbers)
         for numbers in zip(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 
 from hpctrain.backends.base import Array
+from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Layer, Place, Weight, Window, tensor_axes, windows
 from hpctrain.partition import Along, AxisNames, Shape
 
@@ -30,6 +31,8 @@ class Conv(Layer):
         return windows(x, self.kernel, self.stride, self.padding, self.dilation)
 
     def output_shape(self, *x: Shape) -> Shape:
+        if self.filters < 1:
+            raise PlanError(f"filters = {self.filters}; give 1 or more")
         (x0,) = x
         return (x0[0], *(w.output(n) for w, n in zip(self.windows(x0), x0[1:-1], strict=True)), self.filters)
 

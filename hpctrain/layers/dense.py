@@ -26,6 +26,8 @@ class Dense(Layer):
     bias: bool = True
 
     def output_shape(self, *x: Shape) -> Shape:
+        if self.units < 1:
+            raise PlanError(f"units = {self.units}; give 1 or more")
         if len(x[0]) != 2:
             raise PlanError(f"dense: the input {x[0]} has {len(x[0])} dims, not (N, C); put a Flatten before it")
         return (x[0][0], self.units)

@@ -23,6 +23,7 @@ LOSS, WEIGHT, SCORE = range(3)
 class Loss(Layer):
     """Inputs: predictions (N, K) and targets. Output (N, 3): columns LOSS, WEIGHT and SCORE."""
 
+    inputs: ClassVar[range] = range(2, 3)
     score: ClassVar[str]
     """What column SCORE, divided by the weight, is called in the metrics."""
 
@@ -123,3 +124,5 @@ class MSEOp:
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         if dx[0] is not None:
             self.backend.squared_error_dx(self.x, self.target, dy[:, LOSS], dx[0])
+        if dx[1] is not None:
+            self.backend.squared_error_dx(self.target, self.x, dy[:, LOSS], dx[1])

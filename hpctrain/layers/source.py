@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hpctrain.errors import PlanError
 from hpctrain.layers.base import Layer, Op, Place
@@ -13,6 +14,7 @@ from hpctrain.partition import Shape
 class Input(Layer):
     """A tensor of `shape` that the loader fills: int64 where `integer` (labels), else of the run's float type."""
 
+    inputs: ClassVar[range] = range(1)
     shape: Shape
     integer: bool = False
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
@@ -12,6 +15,12 @@ from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, names
 
 VERSION = 1
+
+
+class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    layers: dict[str, dict[str, Any]]
+    allreduce: str
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,20 @@ class Plan:
     def from_json(cls, text: str, source: str) -> Plan:
         """The plan in `text`; `source` names the file in errors. Raises PlanError."""
         try:
-            found = json.loads(text)
-            version, layers, allreduce = found["version"], found["layers"], found["allreduce"]
-            partitions = {str(name): Partition.of(parts) for name, parts in layers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{source}: not a plan ({type(error).__name__}: {error})") from None
-        except PlanError as error:
-            raise PlanError(f"{source}: {error}") from None
-        if version != VERSION:
-            raise PlanError(f"{source}: plan version {version}, this program reads {VERSION}; make the plan again")
-        return cls(partitions, str(allreduce))
+            found = msgspec.json.decode(text, type=_PlanFile)
+        except msgspec.DecodeError as error:
+            raise PlanError(f"{source}: not a plan ({error}); make it again, or mend it") from None
+        if found.version != VERSION:
+            raise PlanError(
+                f"{source}: plan version {found.version}, this program reads {VERSION}; make the plan again"
+            )
+        partitions = {}
+        for name, parts in found.layers.items():
+            try:
+                partitions[name] = Partition.of(parts)
+            except PlanError as error:
+                raise PlanError(f"{source}: layer {name}: {error}") from None
+        return cls(partitions, found.allreduce)
 
     def check(self, graph: Graph) -> None:
         """Raises PlanError, naming layer, axis and what would work, where a layer cannot be cut as planned."""

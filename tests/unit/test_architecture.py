@@ -19,8 +19,8 @@ LEVELS = {
     3: ("graph", "models", "importers"),
     4: ("planner",),
     5: ("executor", "parameters", "sync", "data", "checkpoint", "metrics"),
-    6: ("trainer", "verify", "prepare", "runfolder", "saving", "console"),
-    7: ("cli", "report", "launch", "demo", "doctor", "__main__"),
+    6: ("trainer", "verify", "prepare", "runfolder", "saving", "console", "launch"),
+    7: ("cli", "report", "demo", "doctor", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 

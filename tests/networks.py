@@ -1,0 +1,209 @@
+"""Small networks around one layer each, and plans to run them on: what the tests of the core share. Starts no MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import prod
+
+import numpy as np
+
+from hpctrain.graph import Graph, Node
+from hpctrain.layers import (
+    MSE,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Dense,
+    Flatten,
+    GlobalAvgPool,
+    Input,
+    Layer,
+    MaxPool,
+    ReLU,
+    SoftmaxCrossEntropy,
+)
+from hpctrain.models import Sample, cosmoflow, lenet, mlp
+from hpctrain.partition import AXES, Partition, Shape
+from hpctrain.planner.plan import Plan, extents
+
+ONE = Partition()
+
+
+# --- networks -----------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[Shape, Layer]] = {
+    "conv2d": ((3, 7, 5, 4), Conv(5, kernel=3, padding=1)),
+    "conv2d strided, dilated": ((3, 9, 7, 3), Conv(4, kernel=(3, 2), stride=(2, 3), padding=(2, 1), dilation=(1, 2))),
+    "conv2d kernel < stride": ((2, 9, 8, 3), Conv(3, kernel=(2, 1), stride=(3, 2), bias=False)),
+    "conv2d padding > kernel": ((2, 3, 5, 2), Conv(3, kernel=2, padding=(4, 1))),
+    "conv3d": ((2, 5, 4, 3, 3), Conv(4, kernel=3, padding=1)),
+    "conv3d strided": ((2, 7, 5, 4, 2), Conv(3, kernel=(3, 2, 1), stride=(2, 2, 1), padding=(1, 1, 0))),
+    "max pool 2d": ((3, 7, 6, 3), MaxPool(3, stride=2, padding=1)),
+    "max pool 3d": ((2, 5, 7, 4, 3), MaxPool(2)),
+    "avg pool 2d": ((3, 7, 5, 3), AvgPool(3, stride=2, padding=1, count_padding=False)),
+    "avg pool 3d": ((2, 5, 4, 5, 3), AvgPool((2, 3, 2), stride=1, padding=(1, 1, 0))),
+    "global pool 2d": ((3, 5, 7, 4), GlobalAvgPool()),
+    "global pool 3d": ((2, 5, 3, 4, 3), GlobalAvgPool()),
+    "dense": ((5, 7), Dense(5)),
+    "dense without bias": ((3, 5), Dense(9, bias=False)),
+    "relu": ((3, 5, 4, 3), ReLU()),
+    "batch norm": ((3, 5, 4, 3), BatchNorm()),
+    "batch norm 3d": ((2, 3, 5, 3, 4), BatchNorm()),
+    "batch norm of vectors": ((7, 5), BatchNorm(eps=1e-3, momentum=0.3)),
+    "flatten": ((3, 5, 3, 3), Flatten()),
+    "flatten 3d": ((2, 3, 5, 2, 3), Flatten()),
+    "softmax cross-entropy": ((5, 7), SoftmaxCrossEntropy()),
+    "mse": ((7, 3), MSE()),
+}
+"""Input shape and layer; odd sizes, so that no axis cuts into equal blocks by luck."""
+
+CASES = (*LAYERS, "add")
+
+
+def network(case: str) -> Graph:
+    """x -> a trained layer "pre" -> "layer", the one under test -> flattened -> loss."""
+    return sandwich(*LAYERS[case]) if case in LAYERS else added()
+
+
+def sandwich(shape: Shape, layer: Layer) -> Graph:
+    """The layer before makes the input gradient of `layer` visible, the loss gives each of its outputs its own."""
+    net = Graph()
+    x = net.add("pre", mixing(shape), net.input("x", shape))
+    if isinstance(layer, SoftmaxCrossEntropy):
+        net.add("layer", layer, x, net.input("y", shape[:1], integer=True))
+        return net
+    if isinstance(layer, MSE):
+        net.add("layer", layer, x, net.input("y", shape))
+        return net
+    return with_loss(net, net.add("layer", layer, x))
+
+
+def added() -> Graph:
+    """Two branches and one of them once more."""
+    shape, net = (3, 5, 4, 3), Graph()
+    x = net.input("x", shape)
+    a, b = net.add("pre", mixing(shape), x), net.add("other", mixing(shape), x)
+    return with_loss(net, net.add("layer", Add(), a, b, a))
+
+
+def mixing(shape: Shape) -> Layer:
+    """A trained layer that keeps `shape`."""
+    return Dense(shape[-1]) if len(shape) == 2 else Conv(shape[-1], kernel=1)
+
+
+def with_loss(net: Graph, x: str) -> Graph:
+    """Add a mean squared error over all that `x` holds."""
+    if len(net[x].shape) > 2:
+        x = net.add("flat", Flatten(), x)
+    net.add("loss", MSE(), x, net.input("y", net[x].shape))
+    return net
+
+
+def residual() -> Graph:
+    """A tensor that three layers read, and one that a layer reads twice."""
+    net = Graph()
+    x = net.add("stem", Conv(3, kernel=3, stride=2, padding=1), net.input("x", (3, 9, 7, 2)))
+    deep = net.add("norm", BatchNorm(), net.add("conv", Conv(3, kernel=3, padding=1, bias=False), x))
+    both = net.add("add", Add(), deep, net.add("side", Conv(3, kernel=1), x), x)
+    pooled = net.add("pool", GlobalAvgPool(), net.add("relu", ReLU(), net.add("twice", Add(), both, both)))
+    net.add("loss", MSE(), net.add("fc", Dense(5), pooled), net.input("y", (3, 5)))
+    return net
+
+
+NETWORKS = {
+    "residual": residual,
+    "lenet": lambda: lenet.build(5, Sample((13, 15, 1), classes=7)),
+    "cosmoflow": lambda: cosmoflow.build(3, Sample((9, 7, 11, 2), values=3), filters=3, hidden=7),
+    "cosmoflow, two levels": lambda: cosmoflow.build(2, Sample((16, 17, 9, 1), values=2), filters=2, norm=False),
+    "mlp": lambda: mlp.build(7, Sample((5, 3), classes=4), hidden=(9, 5)),
+}
+
+
+def node(layer: Layer, *shapes: Shape) -> Node:
+    """`layer` as the node "layer" of a graph whose inputs have these shapes."""
+    net = Graph()
+    return net[net.add("layer", layer, *(net.input(f"in{i}", shape) for i, shape in enumerate(shapes)))]
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def partitions(limits: Mapping[str, int], sizes: Iterable[int], most_axes: int = 2) -> Iterator[Partition]:
+    """Every partition with a size among `sizes` that cuts at most `most_axes` of the axes in `limits`, in one order.
+
+    Blocks of batch and positions may be empty; more blocks of channels than channels have tests of their own.
+    """
+    sizes = set(sizes)
+    axes = [axis for axis in AXES if axis in limits]
+    for chosen in (found for count in range(most_axes + 1) for found in combinations(axes, count)):
+        for parts in product(range(2, max(sizes) + 1), repeat=len(chosen)):
+            fits = all(n <= limits[axis] or axis in AXES[:4] for axis, n in zip(chosen, parts, strict=True))
+            if fits and prod(parts) in sizes:
+                yield Partition.of(dict(zip(chosen, parts, strict=True)))
+
+
+def single(net: Graph) -> Plan:
+    """Everything on rank 0."""
+    return Plan({n.name: ONE for n in net})
+
+
+def with_partitions(net: Graph, given: Mapping[str, Partition], other: Partition = ONE) -> Plan:
+    """`given`, and for all layers not named what they can use of `other`."""
+    found = dict(given)
+    for n in net:
+        usable = {axis: parts for axis, parts in other.parts().items() if axis in extents(n)}
+        found.setdefault(n.name, Partition.of(usable))
+    return Plan(found)
+
+
+def random_plan(rng: np.random.Generator, net: Graph, ranks: int) -> Plan:
+    """A partition of its own for every layer, cutting up to three axes; most use all ranks, some leave ranks idle."""
+    found = {}
+    for n in net:
+        sizes = [ranks] if rng.random() < 0.7 else range(1, ranks + 1)
+        able = list(partitions(extents(n), sizes, most_axes=3)) or [ONE]
+        found[n.name] = able[rng.integers(len(able))]
+    return Plan(found, allreduce=("ring", "mpi")[rng.integers(2)])
+
+
+def random_partition(rng: np.random.Generator, ranks: int) -> Partition:
+    """Any partition of at most `ranks` blocks, over up to three axes."""
+    found, left = {}, ranks
+    for axis in rng.permutation(AXES)[:3].tolist():
+        found[axis] = int(rng.integers(1, left + 1))
+        left //= found[axis]
+    return Partition.of(found)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that goes into a few training steps: global arrays, the same on every rank."""
+
+    inputs: dict[str, np.ndarray]
+    """(steps, *shape) by input."""
+    weights: dict[str, np.ndarray]
+    """Initial values by parameter; no bias is 0 and no gamma 1."""
+    counts: np.ndarray
+    """(batch,): how much each sample counts."""
+
+
+def draw(net: Graph, seed: int, steps: int = 2) -> Data:
+    """Data of order 1 for `net`."""
+    rng, logits = np.random.default_rng(seed), net.loss.input_shapes[0]
+    inputs = {}
+    for n in net:
+        if isinstance(n.layer, Input):
+            shape = (steps, *n.shape)
+            inputs[n.name] = rng.integers(0, logits[1], shape) if n.layer.integer else rng.normal(size=shape)
+    weights = {}
+    for n, name, weight in net.weights():
+        kind, scale = weight.init
+        values = rng.normal(size=weight.shape)
+        weights[f"{n.name}.{name}"] = scale * values if kind == "normal" else scale + 0.3 * values
+    return Data(inputs, weights, rng.uniform(0.2, 1.5, logits[0]) / logits[0])
