@@ -42,6 +42,12 @@ class CMakeBuild(build_ext):
             if subprocess.run([*cmake, *arguments]).returncode:
                 sys.exit(f"hpctrain: the build of the compiled kernels failed, see above; repair it, {WITHOUT}")
 
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: a new file, as writing into the old one would crash programs that run it."""
+        for old in ROOT.glob("hpctrain/_native.*.so"):
+            old.unlink()
+        super().copy_extensions_to_source()
+
 
 def require_toolchain() -> None:
     """End the build where no C++ compiler or no Python header is found: CMake's own message fills a page."""

@@ -44,7 +44,7 @@ def _make_volumes(folder: Path, quick: bool) -> object:
 
 
 DEMOS = {
-    "digits": Demo("1797 handwritten digits", _make_digits, "lenet", "height", 24, 15, 0.03, 2e-3),
+    "digits": Demo("1797 handwritten digits", _make_digits, "lenet", "height", 16, 15, 0.01, 5e-3),
     "volumes": Demo("640 random volumes", _make_volumes, "cosmoflow", "depth", 16, 10, 0.001, 1e-3),
 }
 
@@ -102,7 +102,7 @@ def _toml(demo: Demo, data: Path, run_folder: Path, ranks: int, epochs: int) -> 
             "data": {"train": str(data / "train"), "test": str(data / "test")},
             "plan": {"grid": _grid(demo, ranks)},
             "optim": {"lr": demo.lr, "momentum": 0.9, "weight_decay": demo.weight_decay, "schedule": schedule},
-            "train": {"epochs": epochs, "batch": demo.batch},
+            "train": {"epochs": epochs, "batch": demo.batch, "seed": 1},
             "run": {"folder": str(run_folder)},
         }
     )
