@@ -53,13 +53,17 @@ def demo(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """`hpctrain train`, on every rank that a launcher started."""
     from hpctrain import launch
-    from hpctrain.comm.world import all_ranks, run_spmd
 
     request = TrainRequest(args)
     if args.dry_run:
         return dry_run(request.load(), args.json)
     if not launch.under_launcher():
         require_ranks(request.load(), 1)
+
+    from hpctrain.comm.signals import STOP
+
+    STOP.install()  # now, as loading MPI takes a while, and a job may be told to stop at any time
+    from hpctrain.comm.world import all_ranks, run_spmd
 
     def on_each_rank(world: World) -> int:
         from hpctrain import trainer

@@ -65,7 +65,7 @@ def run(name: str, folder: Path, ranks: int, epochs: int | None, quick: bool) ->
     config, run_folder = folder / f"{name}.toml", _unused(folder)
     config.write_text(_toml(demo, data, run_folder, ranks, epochs or (1 if quick else demo.epochs)), encoding="utf-8")
     print(f"training on {ranks} ranks with {config}; Ctrl-C: checkpoint and stop\n", flush=True)
-    status = launch.spawn(ranks, [sys.executable, "-m", "hpctrain", "train", str(config)])
+    status = launch.spawn(ranks, [*launch.module(), "train", str(config)])
     if status == 0:
         print(_what_next(config, data, run_folder, ranks))
     elif status in (LOST_RANK, STOPPED):

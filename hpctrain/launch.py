@@ -85,21 +85,29 @@ def command_line(ranks: int, words: Sequence[str]) -> str:
     return shlex.join([*launcher, *program(), *words])
 
 
+def module() -> list[str]:
+    """How this program starts itself: as installed (-P), whatever lies in the current folder, a clone of it say."""
+    return [sys.executable, "-P", "-m", "hpctrain"]
+
+
 def program() -> list[str]:
     """How a person starts this program from this folder."""
     script = shutil.which("hpctrain")
     if script and Path(script).parent == Path(sys.prefix, "bin"):
         return ["hpctrain"]
-    return [sys.executable, "-m", "hpctrain"]
+    return module()
 
 
 def _launcher(ranks: int) -> list[str]:
-    if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
-        return ["srun", "-n", str(ranks)]
+    by = launched(os.environ)
+    slurm = "SLURM_JOB_ID" in os.environ and shutil.which("srun") and (by is None or by.name == "srun")
     try:
         mpirun, kind = find_mpirun()
     except LaunchError:  # the line is for a message that says something else
-        return ["mpirun", "-n", str(ranks)]
+        return ["srun" if slurm else "mpirun", "-n", str(ranks)]
+    if slurm:
+        speaks = {"Open MPI": ["--mpi=pmix"], "MPICH": ["--mpi=pmi2"]}
+        return ["srun", *speaks.get(kind, []), "-n", str(ranks)]
     words = [mpirun.name if shutil.which(mpirun.name) == str(mpirun) else str(mpirun), "-n", str(ranks)]
     if kind == "Open MPI":
         words += ["--allow-run-as-root"] if os.geteuid() == 0 else []

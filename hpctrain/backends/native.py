@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,12 @@ def _import_kernels() -> Any:
     try:
         import hpctrain._native as kernels
     except ImportError as error:
+        here = Path(__file__).parents[1]
+        if (here.parent / "setup.py").exists():  # `python -m` takes what lies in the current folder
+            here_is = f"{here} is a source folder; start the installed program, `hpctrain` or `python -P -m hpctrain`"
+            raise BackendUnavailable(
+                f"backend 'native': no compiled module: {here_is}, or `pip install -e .`"
+            ) from error
         raise BackendUnavailable(
             f"backend 'native': the compiled module does not load ({error}); build it where the sources are with "
             "`pip install .` (needs a C++ compiler, HPCTRAIN_NATIVE not 0), or choose the backend 'reference'"

@@ -40,7 +40,8 @@ class Launched:
 def launched(environ: Mapping[str, str]) -> Launched | None:
     """The launcher that started this process, or None."""
     for name, size, rank in _LAUNCHERS:
-        if environ.get(size, "").isdigit():
+        of_srun = name == "MPICH's mpirun" and "SLURM_STEP_ID" in environ and "MPI_LOCALNRANKS" not in environ
+        if environ.get(size, "").isdigit() and not of_srun:  # srun --mpi=pmi2 sets the variables of MPICH too
             return Launched(name, int(environ[size]), int(environ.get(rank, "0")))
     return None
 

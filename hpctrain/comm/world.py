@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn, cast
 
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, launched, refuse
 from hpctrain.comm.launchers import STOPPED as STOPPED
+from hpctrain.comm.signals import STOP, StopSignal
 from hpctrain.errors import HpctrainError, LaunchError
 
 try:
@@ -34,28 +35,6 @@ except (ImportError, RuntimeError) as error:
 
 PATIENCE = 2.0
 """Seconds that a rank which failed waits for the others to fail too, before it ends them."""
-
-
-class StopSignal:
-    """A request to stop at the next good moment: SIGUSR1, SIGTERM or SIGINT. The second SIGTERM or SIGINT kills."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        """The number of the signal that came first; None while none has."""
-
-    def install(self) -> None:
-        """From here on note these signals instead of dying of them. Main thread only."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = number
-        if number != signal.SIGUSR1:  # launchers and batch systems repeat that one
-            signal.signal(number, signal.SIG_DFL)
-
-
-_STOP = StopSignal()  # signals belong to the process
 
 
 @dataclass(frozen=True)
@@ -111,7 +90,7 @@ def start() -> World:
         hostname=socket.gethostname(),
         library=version,
         launcher=by.name if by else None,
-        stop=_STOP,
+        stop=STOP,
         leaving=comm.Dup(),
     )
 
@@ -174,7 +153,7 @@ def run_spmd(main: Callable[[World], int]) -> int:
     An error that every rank raises alike is printed once. If a rank raises and the others do not end within PATIENCE
     seconds, it prints what it met and aborts all ranks. Signals to stop are noted in `world.stop`.
     """
-    _STOP.install()  # first, as a signal may come while MPI starts
+    STOP.install()  # first, as a signal may come while MPI starts
     try:
         world = start()
     except LaunchError as refused:
@@ -197,6 +176,7 @@ def _leave(world: World, status: int, error: BaseException | None) -> int:
         if error is not None:
             _say(error, f"rank {world.rank} of {world.size} on {world.hostname}: ")
         _abort(status)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun -K1 ends slower ranks when the first leaves: keep the status
     alike = [rank for rank, ending in enumerate(endings) if ending == endings[world.rank]]
     if error is not None and alike[0] == world.rank:
         others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""

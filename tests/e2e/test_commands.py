@@ -66,7 +66,7 @@ def test_demo_trains_and_its_advice_can_be_pasted(name: str, tmp_path: Path) -> 
     run = tmp_path / "a b" / "run-1"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records if record["event"] == "epoch"] == [1]
-    advice = [line for line in ended.stdout.splitlines() if "-m hpctrain" in line or line.startswith("hpctrain")]
+    advice = [line for line in ended.stdout.splitlines() if re.search(r"\bhpctrain (train|data) ", line)]
     assert len(advice) == 3
     for line in advice:
         pasted = launching.run(["bash", "-c", line.replace("train.epochs=20", "train.epochs=2")], timeout=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 import sys
@@ -211,14 +212,16 @@ def test_line_to_paste_without_an_activated_environment(tmp_path: Path, monkeypa
     mpirun = fake_mpirun(tmp_path / "bin", "HYDRA build details:")
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert launch.command_line(2, ["doctor"]) == f"{mpirun} -n 2 {sys.executable} -m hpctrain doctor"
+    assert launch.command_line(2, ["doctor"]) == f"{mpirun} -n 2 {sys.executable} -P -m hpctrain doctor"
 
 
 def test_line_to_paste_in_an_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launch.command_line(2, ["train"]).startswith("srun -n 2 ")
+    assert launch.command_line(2, ["train"]).startswith("srun --mpi=pmix -n 2 ")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # started by mpirun, inside the allocation
+    assert re.match(r"\S*mpirun -n 2 ", launch.command_line(2, ["train"]))
 
 
 def test_cores_are_at_most_those_of_the_machine() -> None:

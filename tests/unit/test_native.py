@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import Arrays
 
 from hpctrain import backends
+from hpctrain.backends import native
 from hpctrain.backends.base import Backend
 from hpctrain.backends.native import COMPILED, Native
 from hpctrain.backends.reference import Reference
@@ -32,9 +34,13 @@ def test_describe_says_what_computes_what() -> None:
     assert sorted(others.split(" for ")[1].split(", ")) == expected
 
 
-def test_missing_module_is_refused_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "hpctrain._native", None)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "hpctrain" / "backends" / "native.py"))
     with pytest.raises(BackendUnavailable, match=r"'native'.*`pip install \.`.*'reference'"):
+        backends.get("native")
+    (tmp_path / "setup.py").touch()  # the sources in the current folder stood before what is installed
+    with pytest.raises(BackendUnavailable, match=r"'native'.*/hpctrain is a source folder.*`pip install -e \.`"):
         backends.get("native")
 
 
