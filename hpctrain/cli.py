@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.words += rest
     try:
         status: int = args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe can be handled
     except HpctrainError as error:
         from hpctrain.comm.launchers import refuse
 
