@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+
+from hpctrain.errors import ConfigError
 
 
 @dataclass
@@ -31,28 +35,45 @@ class Totals:
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run: one object a line, with "event" and "step". Only rank 0 has one."""
+    """`metrics.jsonl` of a run: one object a line, with "event" and "step". Only rank 0 has one.
+
+    All methods raise ConfigError where the file cannot be written (a full disk, say).
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Opens `path` for appending; lines of steps after `last_step` (done again after a resume) are dropped."""
-        kept = [line for line in _lines(path) if line.get("step", 0) <= last_step]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        with self._writing():
+            kept = [line for line in _lines(path) if line.get("step", 0) <= last_step]
+            partial = path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one record; NaN and infinity are written as null."""
         record = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in fields.items()}
-        self._file.write(json.dumps({"event": event, **record}) + "\n")
+        with self._writing():
+            self._file.write(json.dumps({"event": event, **record}) + "\n")
 
     def flush(self) -> None:
         """Hand what was written to the file system."""
-        self._file.flush()
+        with self._writing():
+            self._file.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        with self._writing():
+            self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written: {error}; free space, or give another run.folder"
+            ) from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
