@@ -169,11 +169,15 @@ class Trainer:
         return Totals(float(sums[LOSS]), float(sums[WEIGHT]), float(sums[SCORE]), float(weights.sum()))
 
     def _agree(self, mine: Totals, error: HpctrainError | None) -> tuple[Totals, bool]:
-        """The small allreduce of every step: sums of all ranks, whether to stop; raises any rank's error on all."""
+        """The small allreduce of every step: sums of all ranks, whether to stop; raises any rank's error on all.
+
+        Gathered and added in rank order: some MPI libraries add in the order of arrival, other bits on every run.
+        """
         said = [mine.loss, mine.weight, mine.score, mine.samples]
         said += [float(error is not None), float(self.world.stop.received is not None)]
-        total = np.empty(len(said))
-        self.comm.Allreduce(np.array(said), total)
+        every = np.empty((self.world.size, len(said)))
+        self.comm.Allgather(np.array(said), every)
+        total = every.sum(axis=0)
         if total[-2]:
             agree(self.comm, error)
         return Totals(*total[:4]), bool(total[-1])

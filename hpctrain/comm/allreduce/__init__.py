@@ -1,7 +1,8 @@
 """Allreduce algorithms: one file each, with the function on a contiguous buffer and its cost. `TABLE` lists them.
 
-Every `allreduce(comm, buffer)` sums in place, in an order that depends on rank and size only; every
-`cost(ranks, nbytes, net)` gives seconds by the alpha-beta model, and `sent_bytes` what one rank sends.
+Every `allreduce(comm, buffer)` sums in place, in an order that depends on rank and size only ("mpi": in the library's
+order, which MPICH for one does not repeat from run to run). Every `cost(ranks, nbytes, net)` gives seconds by the
+alpha-beta model.
 """
 
 from __future__ import annotations
