@@ -103,9 +103,7 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     epochs: Count
     batch: Count
-    """Samples of a step, over all ranks."""
-    eval_batch: Count | None = None
-    """Samples of an evaluation step, over all ranks; `batch` when absent."""
+    """Samples of a step, over all ranks. What does not fill an epoch's last one is left out; evaluation pads it."""
     seed: Whole = 0
     precision: Literal["float32", "float64"] = "float32"
     backend: Literal["native", "reference"] = "native"
@@ -115,8 +113,6 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Stop after so many steps, whatever `epochs` says."""
     eval_every: Count = 1
     """Epochs between evaluations."""
-    drop_last: bool = True
-    """Drop the samples that do not fill the last batch of an epoch."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -204,7 +200,6 @@ _NOT_MATHEMATICS = (
     "data.verify",
     "plan",
     "train.backend",
-    "train.eval_batch",
     "train.eval_every",
     "train.steps",
     "checkpoint",
@@ -247,11 +242,9 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("optim", "schedule", "warmup_epochs"), f"longer than the run; train.epochs is {train.epochs}")
     if schedule.final_lr > optim.lr:
         yield Problem(("optim", "schedule", "final_lr"), f"above optim.lr, which is {optim.lr}; rates only fall")
-    if isinstance(grid, Grid):
-        for key, batch in (("batch", train.batch), ("eval_batch", train.eval_batch)):
-            if batch is not None and grid.batch > batch:
-                text = f"more blocks than train.{key} has samples ({batch}); lower the grid or raise the batch"
-                yield Problem(("plan", "grid", "batch"), text)
+    if isinstance(grid, Grid) and grid.batch > train.batch:
+        text = f"more blocks than train.batch has samples ({train.batch}); lower the grid or raise the batch"
+        yield Problem(("plan", "grid", "batch"), text)
 
 
 def _absolute(config: Config) -> Config:

@@ -139,7 +139,7 @@ def test_writer_agrees_with_the_standard_library_reader(table: dict[str, Any]) -
     [
         *("plan.grid={channel=3}", "plan.allreduce=mpi", "train.backend=reference", "run.folder=x", "run.log_every=1"),
         *("checkpoint.every_steps=5", "data.verify=true", "data.train=moved", "train.eval_every=2", "train.steps=7"),
-        *("train.epochs=20", "train.eval_batch=5", "data.test=t"),
+        *("train.epochs=20", "data.test=t"),
     ],
 )
 def test_hash_is_blind_to_what_only_rounds_reports_or_stops(file: Path, override: str) -> None:
@@ -150,7 +150,7 @@ def test_hash_is_blind_to_what_only_rounds_reports_or_stops(file: Path, override
     "override",
     [
         *("model.name=mlp", "model.options.x=1", "data.normalize=false", "optim.lr=2", "optim.momentum=0.5"),
-        *("train.batch=32", "train.seed=1", "train.precision=float64", "train.nonfinite=skip", "train.drop_last=false"),
+        *("train.batch=32", "train.seed=1", "train.precision=float64", "train.nonfinite=skip"),
         "optim.schedule.warmup_epochs=1",
     ],
 )
@@ -271,9 +271,7 @@ def test_windows_text_is_read(file: Path) -> None:
 
 def test_any_one_value_replaced_by_junk_is_refused_with_its_line(file: Path, seed: int) -> None:
     # Every line of a full config, its value replaced by one of another type.
-    full = config.to_toml(
-        config.load(file, ["train.steps=5", "data.test=t", "train.eval_batch=8", "model.options.a=1"])
-    )
+    full = config.to_toml(config.load(file, ["train.steps=5", "data.test=t", "model.options.a=1"]))
     rng, lines, tried = random.Random(seed), full.splitlines(), 0
     for number, line in enumerate(lines, start=1):
         key, equals, _ = line.partition(" = ")
