@@ -8,7 +8,8 @@ from pathlib import Path
 from hpctrain.checkpoint.agree import Alone, Communicator, on_first
 from hpctrain.checkpoint.format import step_folders
 from hpctrain.checkpoint.reader import open_verified
-from hpctrain.checkpoint.storage import remove, sync_folder
+from hpctrain.checkpoint.storage import remove
+from hpctrain.durable import sync_folder
 from hpctrain.errors import CheckpointError
 
 FEWEST = 2  # one may be damaged

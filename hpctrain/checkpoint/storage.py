@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpctrain.durable import preallocate, sync_folder
 from hpctrain.errors import CheckpointError
-
-NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def new_file(path: Path, size: int) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            _preallocate(fd, size)
+            preallocate(fd, size)
             yield fd
             os.fsync(fd)
         finally:
@@ -37,27 +36,6 @@ def new_file(path: Path, size: int) -> Iterator[int]:
             f"{path}: cannot write {size} bytes, {usage.f_bavail * usage.f_frsize} are free: {error.strerror}; "
             "free space (quotas and limits count too), keep fewer checkpoints, or use another run folder"
         ) from error
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all bytes of `data` at `offset`. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        # A disk that fills up gives a short count first, and no error until the next call.
-        written = os.pwrite(fd, view, offset)
-        if written == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        view, offset = view[written:], offset + written
-
-
-def _preallocate(fd: int, size: int) -> None:
-    try:
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in NO_PREALLOCATION:
-            raise
-        os.ftruncate(fd, size)  # this file system cannot reserve space; the writes report when it runs out
 
 
 def open_file(path: Path) -> int:
@@ -79,15 +57,6 @@ def read_at(fd: int, offset: int, nbytes: int) -> np.ndarray:
             break
         at += count
     return data[:at]
-
-
-def sync_folder(path: Path) -> None:
-    """Bring names made, changed or removed in `path` to the disk. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_folder(path: Path) -> None:

@@ -18,7 +18,8 @@ import xxhash
 from hpctrain.checkpoint import format as fmt
 from hpctrain.checkpoint.agree import Communicator, on_all, on_first
 from hpctrain.checkpoint.format import HASH_BLOCK, JSON, MANIFEST, StoredBlock, StoredFile, StoredTensor
-from hpctrain.checkpoint.storage import make_folder, new_file, remove, sync_folder, write_all
+from hpctrain.checkpoint.storage import make_folder, new_file, remove
+from hpctrain.durable import sync_folder, write_all
 from hpctrain.errors import CheckpointError
 from hpctrain.partition import Box, Shape, contains, extent, volume, whole
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpctrain.durable import preallocate, sync_folder, write_all
 from hpctrain.errors import DataError
 
 IOV_MAX = 1024  # buffers that Linux takes in one preadv
@@ -48,31 +48,12 @@ def create(path: Path, size: int) -> int:
     """Descriptor of a new file of `size` bytes, all reserved: a full disk shows here, not in the middle of the data."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        os.posix_fallocate(fd, 0, size)
+        preallocate(fd, size)
     except BaseException:
         os.close(fd)
         path.unlink(missing_ok=True)
         raise
     return fd
-
-
-def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """Writes all of `data` at `offset`; a short write (full disk) goes on until the system says why."""
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(fd, data, offset)
-        if written == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        data, offset = data[written:], offset + written
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -85,7 +66,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         try:
             fd = create(partial, len(data))
             try:
-                write_at(fd, data, 0)
+                write_all(fd, data, 0)
                 os.fsync(fd)
             finally:
                 os.close(fd)

@@ -10,9 +10,10 @@ from uuid import uuid4
 import numpy as np
 import xxhash
 
-from hpctrain.data.files import as_bytes, create, sync_folder, write_at, writing
+from hpctrain.data.files import as_bytes, create, writing
 from hpctrain.data.index import INDEX, Index, Layout, ShardEntry, extents, write_index
 from hpctrain.data.shards import structure, tile_edges, tile_of
+from hpctrain.durable import sync_folder, write_all
 from hpctrain.errors import DataError
 
 Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]  # x (k, *x_shape), y (k, *y_shape), sample_id (k,) int64
@@ -171,7 +172,7 @@ class _ShardFile:
 
     def _write(self, data: memoryview | bytes, offset: int) -> None:
         with writing(self.path):
-            write_at(self.fd, data, offset)
+            write_all(self.fd, data, offset)
 
     def _close(self) -> None:
         fd, self.fd = self.fd, -1

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hpctrain"
 
 LEVELS = {
-    0: ("partition", "errors", "config", "toml_text", "toml_errors", "randomness", "environment"),
+    0: ("partition", "errors", "config", "toml_text", "toml_errors", "randomness", "environment", "durable"),
     1: ("comm", "backends"),
     2: ("layers", "optim"),
     3: ("graph", "models", "importers"),
