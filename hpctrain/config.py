@@ -69,12 +69,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     grid: Grid | Name = Grid()
     """One grid for all layers, or the path of a plan.json."""
-    allreduce: Literal["ring", "mpi"] = "ring"
-    """How gradients are summed."""
+    allreduce: Literal["ring", "mpi"] | None = None
+    """How gradients are summed; as a plan file says, or else by ring, when absent."""
 
 
 class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The learning rate over time, as a factor of `optim.lr`, after a linear warm-up."""
+    """The learning rate over time: a linear warm-up to `optim.lr`, and from there down."""
 
     name: Literal["constant", "step", "cosine", "polynomial"] = "constant"
     warmup_epochs: NotNegative = 0.0
@@ -84,7 +84,7 @@ class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     power: Positive = 1.0
     """polynomial: exponent."""
     final_lr: NotNegative = 0.0
-    """cosine, polynomial: the rate at the end."""
+    """cosine, polynomial: the rate that it falls towards."""
 
 
 class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,7 +116,7 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """When the run is saved; 0 is never."""
+    """When the run is saved besides at its end or stop; 0 is never."""
 
     every_epochs: Whole = 1
     every_steps: Whole = 0
@@ -176,30 +176,32 @@ def to_toml(config: Config) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits of all that decides which numbers come out, up to rounding.
+    """16 hex digits of what a run must share with the one whose checkpoint it goes on from.
 
-    Left out: how the work is cut and by which backend (rounding only), where data lies (its index names the content),
-    evaluation, checkpoints, logging, and when to stop (unless the learning rate depends on it).
+    That is the network, how samples are treated and in what order and batches they come, and the precision. Left out is
+    what may change on the way (a resumed run says what did): how the work is cut and by which backend, where data lies
+    (its index names the content), the optimizer's numbers, evaluation, checkpoints, logging, and when to stop.
     """
     table = _builtins(config)
-    for path in _NOT_MATHEMATICS:
+    for path in _MAY_CHANGE:
         section, _, key = path.partition(".")
         if key:
             del table[section][key]
         else:
             del table[section]
-    if config.optim.schedule.name in ("constant", "step"):
-        del table["train"]["epochs"]
     table["model"]["name"] = Path(config.model.name).name
     return hashlib.blake2b(msgspec.json.encode(table, order="sorted"), digest_size=8).hexdigest()
 
 
-_NOT_MATHEMATICS = (
+_MAY_CHANGE = (
     "data.train",
     "data.test",
     "data.verify",
     "plan",
+    "optim",
     "train.backend",
+    "train.epochs",
+    "train.nonfinite",
     "train.eval_every",
     "train.steps",
     "checkpoint",
@@ -250,7 +252,7 @@ def _contradictions(config: Config) -> Iterator[Problem]:
 def _absolute(config: Config) -> Config:
     """`config` with the paths of files absolute."""
     model, data, plan, run = config.model, config.data, config.plan, config.run
-    name = str(Path(model.name).absolute()) if re.search(r"\.(py:\w+|onnx)$", model.name) else model.name
+    name = str(Path(model.name).absolute()) if re.search(r"\.(py:\w+)$", model.name) else model.name
     test = None if data.test is None else str(Path(data.test).absolute())
     grid = str(Path(plan.grid).absolute()) if isinstance(plan.grid, str) else plan.grid
     return replace(

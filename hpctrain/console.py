@@ -25,19 +25,10 @@ _HEADINGS = {
     "accuracy": "acc",
     "test_accuracy": "test acc",
     "samples_per_second": "samples/s",
-    "learning_rate": "lr",
 }
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def epoch_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`rows` as a table. Their keys are the columns, as many as fit; None and missing values show as `-`."""
-    if not rows:
-        return ""
-    columns = _columns({key: value for row in rows for key, value in row.items()})
-    return "\n".join([_heading(columns), *(_row(columns, row) for row in rows)])
 
 
 def _columns(record: Mapping[str, Any]) -> dict[str, int]:
@@ -74,8 +65,6 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     if key.endswith("seconds"):
         return f"{value:.1f}"
-    if key == "learning_rate":
-        return f"{value:.3g}"
     return f"{value:#.4g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
@@ -178,7 +167,7 @@ class Console:
         """Text for the person, from rank 0. On a terminal lines are wrapped, except a last one: it may be a command."""
         if self.rank == 0:
             self._clear()
-            print(_wrap(text) if can_draw() else text, flush=True)
+            _print(_wrap(text) if can_draw() else text)
 
     def warn(self, text: str) -> None:
         """A warning from any rank, to stderr; a text that comes again is only counted."""
@@ -225,4 +214,16 @@ class Console:
 def print_json(command: str, results: Sequence[Mapping[str, Any]]) -> None:
     """The one object that --json adds as the last line of stdout."""
     about = {"command": command, "machine": environment.machine(), "versions": environment.versions()}
-    print(json.dumps(about | {"results": results}), flush=True)
+    # as in metrics.jsonl: strict JSON has no NaN
+    finite = [
+        {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in r.items()} for r in results
+    ]
+    _print(json.dumps(about | {"results": finite}))
+
+
+def _print(text: str) -> None:
+    """A line to stdout. Where nobody reads any more (`| head`), training goes on without."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
     """Raises ConfigError where a network's inputs are not what the loader fills: x and y of a batch."""
     if not isinstance(graph, Graph):
         raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")
-    found = {node.name: node.shape for node in graph if isinstance(node.layer, Input)}
+    found = {node.name: (node.shape, node.layer.integer) for node in graph if isinstance(node.layer, Input)}
     batch = config.train.batch
-    expected = {"x": (batch, *data.x_shape), "y": (batch, *data.y_shape)}
+    expected = {"x": ((batch, *data.x_shape), False), "y": ((batch, *data.y_shape), data.classes is not None)}
     if found != expected:
         raise ConfigError(
             f"model.name: {config.model.name} has inputs {_shapes(found)}, but a batch of {data.folder} is "
@@ -57,8 +58,9 @@ def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
         )
 
 
-def _shapes(tensors: dict[str, Shape]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in tensors.items()) or "none"
+def _shapes(tensors: dict[str, tuple[Shape, bool]]) -> str:
+    said = (f"{name} {shape}{' of integers' if integer else ''}" for name, (shape, integer) in tensors.items())
+    return ", ".join(said) or "none"
 
 
 def make_plan(config: Config, graph: Graph) -> Plan:
@@ -66,5 +68,5 @@ def make_plan(config: Config, graph: Graph) -> Plan:
     if isinstance(config.plan.grid, str):
         found = plans.load(Path(config.plan.grid))
         found.check(graph)
-        return found
-    return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce)
+        return replace(found, allreduce=config.plan.allreduce or found.allreduce)
+    return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce or "ring")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hpctrain import checkpoint, runfolder
@@ -60,6 +61,7 @@ class Saver:
             **asdict(at),
             "plan": self._partitions(),
             "ranks": self.world.size,
+            "optim": self._optim(),
         }
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, at.step, blocks(self.tensors, self.world.rank), state, self.world.comm)
@@ -104,6 +106,19 @@ class Saver:
         changed = found.state["plan"] != self._partitions()
         how = f": from a plan on {found.state['ranks']} ranks to another on {self.world.size}" if changed else ""
         self.console.note(f"resumed {found.path} at step {found.step}{how}")
+        before, now = found.state["optim"], self._optim()
+        for key in sorted(key for key in now if now[key] != before.get(key)):
+            self.console.note(f"changed since then: {key} = {before.get(key)} -> {now[key]}")
+
+    def _optim(self) -> dict[str, Any]:
+        """What decides how weights are updated from here on, by key of the config."""
+        table = msgspec.json.decode(msgspec.json.encode(self.config.optim))  # as it comes back from a manifest
+        schedule = {f"optim.schedule.{key}": value for key, value in table.pop("schedule").items()}
+        return (
+            {f"optim.{key}": value for key, value in table.items()}
+            | schedule
+            | {"train.epochs": self.config.train.epochs}
+        )
 
     def _partitions(self) -> dict[str, dict[str, int]]:
         return {name: partition.parts() for name, partition in self.executor.plan.partitions.items()}

@@ -66,7 +66,7 @@ class Way:
         MPI.Prequest.Startall(self._requests)
 
     def finish(self) -> np.ndarray:
-        """Complete the transfer and return `dst`. Additions are made in rank order: the same bits on every run."""
+        """Complete the transfer and return `dst`. Additions: the own part first, then by rank, always the same."""
         if self._clear:
             self.dst.fill(0)
         if self._own is not None:

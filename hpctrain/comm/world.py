@@ -47,7 +47,6 @@ class World:
     size: int
     node: MPI.Intracomm
     """The ranks on this host, which can share memory."""
-    node_rank: int
     node_size: int
     hostname: str
     library: str
@@ -85,7 +84,6 @@ def start() -> World:
         rank=comm.rank,
         size=comm.size,
         node=node,
-        node_rank=node.rank,
         node_size=node.size,
         hostname=socket.gethostname(),
         library=version,

@@ -46,8 +46,8 @@ class Loss(Layer):
         return tuple((Along(0), *(None for _ in shape[1:])) for shape in x)
 
     def invalid(self, target: Array, classes: int) -> Array:
-        """Which rows (bool) of `target` this loss cannot use with `classes` predictions a sample."""
-        raise NotImplementedError
+        """Which rows (bool) of `target` do not go with `classes` predictions a sample; none, unless a loss says so."""
+        return np.zeros(len(target), bool)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,6 @@ class MSE(Loss):
         if len(x[0]) != 2 or x[0] != x[1]:
             raise PlanError(f"mse: predictions {x[0]} and targets {x[1]}; it takes (N, K) twice")
         return super().output_shape(*x)
-
-    def invalid(self, target: Array, classes: int) -> Array:
-        wrong: Array = np.logical_not(np.isfinite(target).all(axis=1))
-        return wrong
 
     def bind(self, place: Place) -> MSEOp:
         return MSEOp(place)

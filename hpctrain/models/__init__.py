@@ -56,11 +56,18 @@ def build(name: str, batch: int, sample: Sample, options: Mapping[str, Any]) -> 
         builder = importlib.import_module(f"hpctrain.models.{name}").build
     else:
         raise ConfigError(f"model.name = {name!r}: not a network here; choose {', '.join(ZOO)} or 'file.py:function'")
-    accepted = list(inspect.signature(builder).parameters)[2:]
-    if unknown := [key for key in options if key not in accepted]:
+    parameters = list(inspect.signature(builder).parameters.values())[2:]
+    accepted = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    unknown = [key for key in options if key not in accepted]
+    if unknown and len(accepted) == len(parameters):
         takes = ", ".join(accepted) or "no options"
         raise ConfigError(f"model.options.{unknown[0]}: {name} has no such option; it takes {takes}")
-    return builder(batch, sample, **options)
+    try:
+        return builder(batch, sample, **options)
+    except (TypeError, ValueError) as error:
+        if ":" in name:  # the user's own code: a traceback says more
+            raise
+        raise ConfigError(f"model.options = {dict(options)}: {name} cannot be built: {error}") from error
 
 
 def _from_file(path: str, function: str) -> Any:

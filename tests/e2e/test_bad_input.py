@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -106,6 +107,8 @@ CASES = {
     "network of other inputs": Case(
         ("inputs x (20, 5)", "x (20, 17, 15, 1)", "fit each other"), model="other.py:build"
     ),
+    "labels as numbers": Case(("inputs", "y (20,)", "of integers", "fit each other"), model="floats.py:build"),
+    "option of the wrong kind": Case(("model.options", "mlp", "int"), words=("model.options.hidden=5",), model="mlp"),
     "network that is none": Case(("none.py:build", "returned NoneType", "Graph"), model="none.py:build"),
     "plan file missing": Case(("none.json", "read"), words=("plan.grid=none.json",)),
 }
@@ -125,6 +128,15 @@ from hpctrain.models import Sample, finish, start
 def build(batch, sample):
     net, x = start(batch, Sample((5,), sample.classes))
     return finish(net, net.add("out", Dense(4), x), sample)
+""",
+    "floats.py": """
+from hpctrain.layers import Dense, Flatten, SoftmaxCrossEntropy
+from hpctrain.models import start
+def build(batch, sample, **options):
+    net, x = start(batch, sample)
+    x = net.add("out", Dense(4), net.add("flatten", Flatten(), x))
+    net.add("loss", SoftmaxCrossEntropy(), x, net.input("y", (batch,)))
+    return net
 """,
     "none.py": """
 def build(batch, sample):
@@ -169,7 +181,7 @@ def test_sample_that_is_not_finite_can_be_skipped(source: Path, tmp_path: Path) 
     config = runs.write_config(tmp_path / "run.toml", data, tmp_path / "run", "height = 2", batch=5, epochs=1)
     ended = runs.train(2, config, "train.nonfinite=skip", "data.normalize=false")
     assert ended.status == 0, ended.stderr
-    assert ended.stderr.count("this step is skipped") == 1
+    assert ended.stderr.count("; skipped") == 1
     losses = [record["loss"] for record in runs.records(tmp_path / "run", "step")]
     assert len(losses) == 4
     assert losses.count(None) == 1
@@ -240,9 +252,76 @@ def test_finished_run_is_not_overwritten(finished: Path) -> None:
 
 
 def test_resuming_with_other_mathematics_is_refused(finished: Path) -> None:
-    ended = runs.train(2, "--resume", finished, "optim.lr=0.5")
+    ended = runs.train(2, "--resume", finished, "train.batch=5")
     assert ended.status == 2
     assert "another config" in ended.stderr
+
+
+def test_resuming_with_another_rate_says_so(finished: Path) -> None:
+    ended = runs.train(2, "--resume", finished, "optim.lr=0.01", "train.epochs=3")
+    assert ended.status == 0, ended.stderr
+    assert "changed since then: optim.lr = 0.05 -> 0.01" in ended.stdout
+    assert "changed since then: train.epochs = 2 -> 3" in ended.stdout
+    assert runs.final_tensors(finished)[0] == 6
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        assert runs.train(2, "--resume", finished, "checkpoint.every_steps=2").status == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_steps_saves_between_and_at_the_ends_of_epochs(source: Path, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 2", batch=5, epochs=2)
+    words = ["checkpoint.every_steps=2", "checkpoint.every_epochs=0", "checkpoint.keep=9"]
+    assert runs.train(2, config, *words).status == 0
+    saved = sorted(path.name[-2:] for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["02", "04", "06", "08"]
+    assert runs.train(2, "--resume", tmp_path / "run", *words).status == 0
+    assert [record["step"] for record in runs.records(tmp_path / "run", "epoch")] == [4, 8]
+
+
+def test_run_of_few_steps_reports_and_evaluates(source: Path, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 2", batch=5, epochs=2)
+    ended = runs.train(2, config, "train.steps=3", "--json")
+    assert ended.status == 0, ended.stderr
+    (record,) = json.loads(ended.stdout.splitlines()[-1])["results"]
+    assert (record["epoch"], record["step"]) == (0, 3)
+    assert record["test_loss"] > 0
+
+
+def test_test_sample_that_is_not_finite_is_named(source: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(source, data)
+    stored = Dataset(data / "test").shards[0]
+    with open(stored.path, "r+b") as file:
+        file.seek(stored.x.offset + 2 * stored.x.sample_bytes)
+        file.write(np.array([-np.inf], np.float32).tobytes())
+    bad = Dataset(data / "test").sample_ids(np.array([2]))[0]
+    config = runs.write_config(tmp_path / "run.toml", data, tmp_path / "run", "batch = 2", batch=5, epochs=1)
+    ended = runs.train(2, config)
+    assert ended.status == 2
+    assert f"evaluation after step 4: not finite: {data}/test: NaN or infinity in sample {bad};" in ended.stderr
+    ended = runs.train(2, config, "train.nonfinite=skip", "--json", "--resume")
+    assert ended.status == 0, ended.stderr
+    assert f"infinity in sample {bad};" in ended.stderr
+    assert "NaN" not in ended.stdout.splitlines()[-1]
+
+
+def test_run_of_which_every_step_is_skipped_ends(source: Path, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 2", batch=5, epochs=3)
+    ended = runs.train(2, config, "train.nonfinite=skip", "optim.lr=1e200")
+    assert ended.status == 2
+    assert "every step was skipped" in ended.stderr
+
+
+def test_closed_pipe_does_not_end_training(source: Path, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 1", batch=5, epochs=30)
+    line = f"set -o pipefail; {sys.executable} -m hpctrain train {config} | head -n 1"
+    ended = launching.run(["bash", "-c", line], timeout=60)
+    assert ended.status == 0, ended.stderr
+    assert runs.final_tensors(tmp_path / "run")[0] == 120
 
 
 def test_resuming_another_network_is_refused(finished: Path) -> None:

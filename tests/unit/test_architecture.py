@@ -19,7 +19,7 @@ LEVELS = {
     3: ("graph", "models", "importers"),
     4: ("planner",),
     5: ("executor", "parameters", "sync", "data", "checkpoint", "metrics"),
-    6: ("trainer", "verify", "prepare", "runfolder", "saving", "console", "launch"),
+    6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch"),
     7: ("cli", "report", "demo", "doctor", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain import console
-from hpctrain.console import Console, Progress, epoch_table
+from hpctrain.console import Console, Progress
 
 ROWS = [
     {"epoch": 1, "loss": 2.302585, "accuracy": 0.1, "lr": 0.1, "samples_per_second": 1234.5, "seconds": 12.34},
@@ -24,19 +24,33 @@ ROWS = [
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_table_is_aligned_and_fits() -> None:
-    lines = epoch_table(ROWS).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert len(lines[0]) < 80
-    assert lines[0].split() == ["epoch", "loss", "acc", "lr", "samples/s", "seconds", "test", "loss"]
-    assert lines[1].split() == ["1", "2.303", "10.00", "%", "0.1000", "1,234", "12.3", "-"]
-    assert lines[2].split() == ["12", "1.20e-06", "100.00", "%", "-", "99.9", "1.0", "0.5000"]
+def table(capsys: pytest.CaptureFixture[str], *rows: dict[str, float]) -> list[str]:
+    """The lines that epochs with these records print."""
+    screen = Console(0)
+    for row in rows:
+        screen.epoch(row)
+    return capsys.readouterr().out.splitlines()
 
 
-def test_table_leaves_out_columns_that_do_not_fit() -> None:
+def test_table_is_aligned_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    first, row, second, late = table(capsys, *ROWS)
+    assert len(first) == len(row) < 80
+    assert len(second) == len(late) < 80
+    assert first.split() == ["epoch", "loss", "acc", "lr", "samples/s", "seconds"]
+    assert row.split() == ["1", "2.303", "10.00", "%", "0.1000", "1,234", "12.3"]
+    assert second.split() == ["epoch", "loss", "acc", "test", "loss", "samples/s", "seconds"]
+    assert late.split() == ["12", "1.20e-06", "100.00", "%", "0.5000", "99.9", "1.0"]
+
+
+def test_missing_values_are_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert table(capsys, ROWS[0], {"epoch": 2, "loss": None, "accuracy": 0.5})[-1].split() == [
+        *("2", "-", "50.00", "%", "-", "-", "-")
+    ]
+
+
+def test_table_leaves_out_columns_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     row = {f"figure_number_{n}": float(n) for n in range(20)}
-    assert max(len(line) for line in epoch_table([row]).splitlines()) < 80
-    assert epoch_table([]) == ""
+    assert max(len(line) for line in table(capsys, row)) < 80
 
 
 def test_rows_come_one_by_one_as_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
