@@ -113,9 +113,11 @@ def ranks_of(launcher: int) -> list[int]:
 def test_interrupted_and_resumed_gives_the_same_bits(
     digits: Path, tmp_path: Path, seed: int, send: signal.Signals, to_ranks: bool
 ) -> None:
-    whole_run = runs.write_config(tmp_path / "whole.toml", digits, tmp_path / "whole", "batch = 2, height = 2")
+    grid = "batch = 2, height = 2"
+    # long enough that the signal comes before the end, on a machine several times faster too
+    whole_run = runs.write_config(tmp_path / "whole.toml", digits, tmp_path / "whole", grid, epochs=8)
     assert runs.train(4, whole_run).status == 0
-    config = runs.write_config(tmp_path / "cut.toml", digits, tmp_path / "cut", "batch = 2, height = 2")
+    config = runs.write_config(tmp_path / "cut.toml", digits, tmp_path / "cut", grid, epochs=8)
     after = random.Random(seed).uniform(0.1, 0.8)
     output = interrupt(config, tmp_path / "cut", 4, after, send, to_ranks)
     stopped, _ = runs.final_tensors(tmp_path / "cut")
