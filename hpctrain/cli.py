@@ -145,18 +145,21 @@ def dry_run(config: Config, as_json: bool) -> int:
     data, _ = prepare.open_datasets(config)
     graph = prepare.build_graph(config, data)
     plan = prepare.make_plan(config, graph)
-    layers = [
-        {"layer": node.name, "kind": type(node.layer).__name__, "shape": list(node.shape), "partition": cut.parts()}
+    layers: list[dict[str, Any]] = [
+        {
+            "layer": node.name,
+            "kind": type(node.layer).__name__,
+            "shape": list(node.shape),
+            "partition": plan.partitions[node.name].parts(),
+        }
         for node in graph
-        if (cut := plan.partitions[node.name])
     ]
     print(to_toml(config))
     print("\n".join(f"# {note}" for note in plan.notes))
-    width = max(len(layer.name) for layer in graph)
-    for node in graph:
-        shape = " x ".join(map(str, node.shape))
-        kind = type(node.layer).__name__
-        print(f"# {node.name.ljust(width)}  {kind:<20} {shape:<24} {plan.partitions[node.name]}")
+    width = max(len(layer["layer"]) for layer in layers)
+    for layer in layers:
+        name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
+        print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
     print(f"# {launch.command_line(plan.ranks, ['train', *[w for w in sys.argv[2:] if w != '--dry-run']])}")
     if as_json:
         from hpctrain.console import print_json

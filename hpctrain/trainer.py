@@ -118,7 +118,7 @@ class Trainer:
         running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
         error = self.feed.fill(epoch, position)
         rows, weights = self.executor.forward(), self.feed.weights(epoch, position)
-        suspects = self.feed.suspects(epoch, position, rows)
+        suspects = self.feed.suspects(epoch, position, rows) if error is None else ([], [])
         verdict = self._agree(self.feed.sums(rows, weights), error, suspects)
         if verdict.finite:
             gradient = np.zeros_like(rows)
@@ -146,8 +146,9 @@ class Trainer:
             error = error or feed.fill(0, step)
             rows = self.executor.forward(training=False)
             totals.add(feed.sums(rows, feed.weights(0, step)))
-            for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
-                found += more
+            if error is None:
+                for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
+                    found += more
         verdict = self._agree(totals, error, suspects)
         if not verdict.finite:
             self._not_finite(f"evaluation after step {self.at.step}", feed, suspects)
