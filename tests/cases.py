@@ -60,7 +60,7 @@ class Arrays:
 
 
 class Geometry(NamedTuple):
-    """A convolution or pooling: x (n, *extent, c) and a window."""
+    """A convolution or pooling: x (n, *extent, c) and a window; channels and filters in `groups` equal runs."""
 
     n: int
     extent: tuple[int, ...]
@@ -69,6 +69,7 @@ class Geometry(NamedTuple):
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    groups: int = 1
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -86,8 +87,11 @@ class Geometry(NamedTuple):
         return product(*map(range, self.outputs))
 
 
-def geometries(seed: int, dilated: bool = True, wide: bool = False) -> Iterator[Geometry]:
-    """CASES random ones, whatever remains of x behind the last window included; `wide` has some of many channels."""
+def geometries(seed: int, dilated: bool = True, wide: bool = False, grouped: bool = False) -> Iterator[Geometry]:
+    """CASES random ones, whatever remains of x behind the last window included.
+
+    `wide` has some of many channels, `grouped` up to 3 groups and some convolutions of each channel alone.
+    """
     rng = np.random.default_rng(seed)
     for case in range(CASES):
         dims = 2 + case % 2
@@ -99,12 +103,17 @@ def geometries(seed: int, dilated: bool = True, wide: bool = False) -> Iterator[
         n, c, k = rng.integers(1, 5, 3).tolist()
         if wide and case % 3 == 0:
             c = int(rng.integers(60, 600))
-        yield Geometry(n, extent, c, k, kernel, stride, dilation)
+        groups = int(rng.integers(1, 4)) if grouped else 1
+        if grouped and case % 4 == 3:
+            groups, c = int(rng.integers(5, 9)), 1
+        yield Geometry(n, extent, c * groups, k * groups, kernel, stride, dilation, groups)
 
 
-def cases(dtype: np.dtype, seed: int, dilated: bool = True, wide: bool = False) -> Iterator[tuple[Geometry, Arrays]]:
+def cases(
+    dtype: np.dtype, seed: int, dilated: bool = True, wide: bool = False, grouped: bool = False
+) -> Iterator[tuple[Geometry, Arrays]]:
     """Each geometry with its arrays, half of them strided; afterwards nothing around the views has changed."""
-    for number, geometry in enumerate(geometries(seed, dilated, wide)):
+    for number, geometry in enumerate(geometries(seed, dilated, wide, grouped)):
         arrays = Arrays(dtype, seed + number, strided=number % 4 >= 2)
         yield geometry, arrays
         arrays.check_surroundings()

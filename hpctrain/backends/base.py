@@ -18,6 +18,10 @@ Floats = NDArray[Any]
 Ints = NDArray[Any]
 Sizes = tuple[int, ...]
 
+ACTIVATIONS = ("leaky_relu", "gelu", "silu", "sigmoid", "tanh", "softplus")
+"""gelu is x * Phi(x) with the normal distribution function Phi, not its tanh approximation."""
+POINTWISE_LOSSES = ("squared", "absolute", "huber", "logistic")
+
 
 class Backend(Protocol):
     """What `reference` defines and every other backend must equal (to rounding)."""
@@ -34,13 +38,17 @@ class Backend(Protocol):
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
-        """out[n, o, k] = sum over taps t and c of x[n, o * stride + t * dilation, c] w[t, c, k] (cross-correlation)."""
+    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        """out[n, o, k] = sum over taps t and c of x[n, o * stride + t * dilation, c] w[t, c, k] (cross-correlation).
 
-    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
+        With `groups`, channels of x and filters fall into as many equal runs, and each run of filters reads its own run
+        of channels: w is (*kernel, C / groups, filters).
+        """
+
+    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         """Adjoint of `conv` in x; input elements that no window touches get 0."""
 
-    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
+    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         """Adjoint of `conv` in w."""
 
     def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
@@ -54,10 +62,14 @@ class Backend(Protocol):
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 
-    def max_pool(self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes) -> None:
-        """Largest element of each window; `index` (int32, like out) is its place there, the first where tied."""
+    def max_pool(
+        self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
+        """Largest element of each window; `index` (int32, like out) is its tap there, the first where tied."""
 
-    def max_pool_dx(self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes) -> None:
+    def max_pool_dx(
+        self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
         """Adds each dy to the element that won its window; elements that won none get 0."""
 
     def avg_pool(self, x: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
@@ -72,18 +84,30 @@ class Backend(Protocol):
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
         """out[n, ..., c] = scale * dy[n, c]: the adjoint of `sum_positions`."""
 
-    # --- normalization: per-channel statistics are float64 vectors (C,), gamma and beta are of x's dtype --------------
+    def resample(self, x: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        """Along `dim`: out[.., o, ..] = sum over k of weight[o, k] * x[.., index[o, k], ..].
+
+        `index` and `weight` are (outputs, taps); all other dims of x and out agree. Interpolation along one dim.
+        """
+
+    def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        """Adjoint of `resample`; elements that no output reads get 0."""
+
+    # --- normalization: statistics are float64, gamma and beta are of x's dtype ---------------------------------------
+    #
+    # Statistics, gamma and beta broadcast against x: shape (C,) is per channel, (N, 1, 1, 1) per sample, (N, 1, 1, C)
+    # per sample and channel, (N, H, W, 1) per position. Sums are over the dims that their output has not, or has as 1.
 
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
-        """Per channel over all other dims: the mean, and the sum of squared differences from it (0 if x is empty)."""
+        """The mean, and the sum of squared differences from it (0 where nothing is summed)."""
 
     def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        """out = (x - mean) * rstd * gamma + beta, per channel."""
+        """out = (x - mean) * rstd * gamma + beta."""
 
     def normalize_grad(
         self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
     ) -> None:
-        """Per channel sums of dy and of dy * xhat, with xhat = (x - mean) * rstd."""
+        """Sums of dy and of dy * xhat, with xhat = (x - mean) * rstd."""
 
     def normalize_dx(
         self,
@@ -92,11 +116,11 @@ class Backend(Protocol):
         mean: Floats,
         rstd: Floats,
         gamma: Floats,
-        mean_dy: Floats,
-        mean_dy_xhat: Floats,
+        mean_g: Floats,
+        mean_g_xhat: Floats,
         out: Floats,
     ) -> None:
-        """out = gamma * rstd * (dy - mean_dy - xhat * mean_dy_xhat), per channel."""
+        """out = rstd * (g - mean_g - xhat * mean_g_xhat) with g = gamma * dy; both means broadcast against x."""
 
     # --- elementwise -----------------------------------------------------------------------------------------------
 
@@ -109,19 +133,49 @@ class Backend(Protocol):
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         """out = dy where y > 0, else 0; y is the output of `relu`."""
 
-    # --- losses, one row per sample ----------------------------------------------------------------------------------
+    def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
+        """out = a * b; out may be a or b."""
 
-    def softmax_cross_entropy(self, logits: Floats, labels: Ints, loss: Floats, probability: Floats) -> None:
-        """loss[n] = -log softmax(logits[n])[labels[n]]; `probability` (N, K) gets the softmax. Labels lie in [0, K)."""
+    def activate(self, kind: str, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        """out = f(x) for f named by `kind`: one of ACTIVATIONS. `slope` is that of leaky_relu below 0."""
 
-    def softmax_cross_entropy_dx(self, probability: Floats, labels: Ints, scale: Floats, out: Floats) -> None:
-        """out[n] = scale[n] * (probability[n] - onehot(labels[n]))."""
+    def activate_dx(self, kind: str, dy: Floats, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        """out = dy * f'(x); at the kink of leaky_relu, 0, the slope below it."""
 
-    def squared_error(self, x: Floats, target: Floats, loss: Floats) -> None:
-        """loss[n] = sum over k of (x[n, k] - target[n, k])^2."""
+    def softmax(self, x: Floats, out: Floats) -> None:
+        """out = exp(x) / sum of exp(x) over the last dim, without overflow."""
 
-    def squared_error_dx(self, x: Floats, target: Floats, scale: Floats, out: Floats) -> None:
-        """out[n, k] = scale[n] * 2 (x[n, k] - target[n, k])."""
+    def softmax_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
+        """out = y * (dy - sum of dy * y over the last dim); y is the output of `softmax`."""
+
+    # --- losses: summed over all dims but the first into one row per sample -------------------------------------------
+
+    def cross_entropy(
+        self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
+    ) -> None:
+        """Softmax cross-entropy of logits (N, ..., K) and labels (N, ...), summed per sample into loss (N,).
+
+        Of one position, with p = softmax(logits): (1 - smoothing) * weight[label] * -log p[label]
+        + smoothing / K * sum over k of weight[k] * -log p[k]. `weight` (K,) is per class. Where the label is not in
+        [0, K) the position counts for nothing. `probability` gets p.
+        """
+
+    def cross_entropy_dx(
+        self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
+    ) -> None:
+        """Gradient by the logits of the sum over n of scale[n] * loss[n]."""
+
+    def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
+        """loss[n] = sum of f(x, target), of one shape (N, ...), for f named by `kind`: one of POINTWISE_LOSSES.
+
+        squared: (x - t)^2. absolute: |x - t|. huber: with d = |x - t|, d^2 / 2 up to d = delta, then
+        delta * (d - delta / 2). logistic: binary cross-entropy of the logit x, log(1 + exp(x)) - t * x.
+        """
+
+    def pointwise_loss_dx(
+        self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
+    ) -> None:
+        """Gradient by x of the sum over n of scale[n] * loss[n]; 0 at the kink of absolute."""
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

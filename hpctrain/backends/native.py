@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.backends.base import Floats
+from hpctrain.backends.base import Array, Floats, Ints, Sizes
 from hpctrain.backends.reference import Reference
 from hpctrain.errors import BackendUnavailable
 
 COMPILED = (
-    *("add", "relu", "relu_dx", "bias_add", "bias_grad", "sum_positions", "spread_positions"),
+    *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
+    *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
     *("moments", "normalize", "normalize_grad", "normalize_dx", "sgd_update"),
 )
-"""The operations that compiled kernels compute; the others are inherited from `Reference`."""
+"""The operations that compiled kernels compute; the others are inherited from `Reference`.
+
+Of normalization those whose statistics are one number per channel, as in batch normalization.
+"""
 
 
 class Native(Reference):
@@ -37,16 +41,36 @@ class Native(Reference):
         families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
             f"native: compiled kernels for {len(COMPILED)} operations; NumPy {np.__version__} for {', '.join(families)}"
+            ", and normalization other than per channel"
         )
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)
+
+    def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
+        self._kernels.multiply(a, b, out)
 
     def relu(self, x: Floats, out: Floats) -> None:
         self._kernels.relu(x, out)
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         self._kernels.relu_dx(dy, y, out)
+
+    def activate(self, kind: str, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        self._kernels.activate(kind, x, out, slope)
+
+    def activate_dx(self, kind: str, dy: Floats, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        self._kernels.activate_dx(kind, dy, x, out, slope)
+
+    def max_pool(
+        self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
+        self._kernels.max_pool(x, out, index, kernel, stride, dilation or (1,) * len(kernel))
+
+    def max_pool_dx(
+        self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
+        self._kernels.max_pool_dx(dy, index, out, kernel, stride, dilation or (1,) * len(kernel))
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         self._kernels.bias_add(y, b)
@@ -60,16 +84,20 @@ class Native(Reference):
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
         self._kernels.spread_positions(dy, out, scale)
 
+    def _normalization(self, x: Array, *vectors: Array) -> Any:
+        """What normalizes x by these vectors: compiled kernels where each holds one number per channel, else NumPy."""
+        return self._kernels if all(vector.shape == x.shape[-1:] for vector in vectors) else super()
+
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
-        self._kernels.moments(x, mean, m2)
+        self._normalization(x, mean, m2).moments(x, mean, m2)
 
     def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        self._kernels.normalize(x, mean, rstd, gamma, beta, out)
+        self._normalization(x, mean, rstd, gamma, beta).normalize(x, mean, rstd, gamma, beta, out)
 
     def normalize_grad(
         self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
     ) -> None:
-        self._kernels.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+        self._normalization(x, mean, rstd, sum_dy, sum_dy_xhat).normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
 
     def normalize_dx(
         self,
@@ -78,11 +106,13 @@ class Native(Reference):
         mean: Floats,
         rstd: Floats,
         gamma: Floats,
-        mean_dy: Floats,
-        mean_dy_xhat: Floats,
+        mean_g: Floats,
+        mean_g_xhat: Floats,
         out: Floats,
     ) -> None:
-        self._kernels.normalize_dx(dy, x, mean, rstd, gamma, mean_dy, mean_dy_xhat, out)
+        self._normalization(x, mean, rstd, gamma, mean_g, mean_g_xhat).normalize_dx(
+            dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out
+        )
 
     def sgd_update(
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from math import prod
 
 import numpy as np
 
+from hpctrain.backends import pointwise, windows
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
-
-COLUMN_BYTES = 32 * 2**20
-"""Limit of the unfolded input that a convolution holds at a time."""
 
 
 class Reference:
@@ -28,39 +24,14 @@ class Reference:
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
-        out.fill(0)
-        if x.size == 0:  # no input channels on this rank
-            return
-        matrix = w.reshape(-1, w.shape[-1])
-        windows = _windows(x, w.shape[:-2], stride, dilation)
-        for part in _parts(windows):
-            columns = windows[part].reshape(-1, matrix.shape[0])
-            out[part] = (columns @ matrix).reshape(out[part].shape)
+    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        windows.conv(x, w, out, stride, dilation, groups)
 
-    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
-        out.fill(0)
-        if out.size == 0:
-            return
-        matrix = w.reshape(-1, w.shape[-1])
-        windows = _windows(out, w.shape[:-2], stride, dilation)
-        for part in _parts(windows):
-            block = dy[part]
-            columns = (block.reshape(-1, block.shape[-1]) @ matrix.T).reshape(windows[part].shape)
-            into = windows[part]
-            for tap in product(*map(range, w.shape[:-2])):
-                # one tap at a time: within a tap no element of dx stands twice
-                into[_tap(tap, w.ndim)] += columns[_tap(tap, w.ndim)]
+    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        windows.conv_dx(dy, w, out, stride, dilation, groups)
 
-    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes) -> None:
-        if out.size == 0:
-            return
-        matrix = np.zeros((prod(out.shape[:-1]), out.shape[-1]), out.dtype)
-        windows = _windows(x, out.shape[:-2], stride, dilation)
-        for part in _parts(windows):
-            columns = windows[part].reshape(-1, matrix.shape[0])
-            matrix += columns.T @ dy[part].reshape(-1, dy.shape[-1])
-        out[...] = matrix.reshape(out.shape)
+    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        windows.conv_dw(x, dy, out, stride, dilation, groups)
 
     def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
         np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
@@ -69,40 +40,39 @@ class Reference:
         y += b
 
     def bias_grad(self, dy: Floats, out: Floats) -> None:
-        out[...] = dy.sum(axis=_all_but_last(dy), dtype=np.float64)
+        out[...] = _sum_to(dy, out)
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 
-    def max_pool(self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes) -> None:
-        windows = _windows(x, kernel, stride, (1,) * len(kernel))
-        taps = list(product(*map(range, kernel)))
-        out[...] = windows[_tap(taps[0], len(kernel) + 2)]
+    def max_pool(
+        self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
+        first, *others = windows.taps(windows.windows(x, kernel, stride, dilation), kernel)
+        out[...] = first
         index.fill(0)
-        for place, tap in enumerate(taps[1:], start=1):
-            candidate = windows[_tap(tap, len(kernel) + 2)]
+        for place, candidate in enumerate(others, start=1):
             better = (candidate > out) | (np.isnan(candidate) & ~np.isnan(out))
             np.copyto(out, candidate, where=better)
             np.copyto(index, place, where=better)
 
-    def max_pool_dx(self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes) -> None:
+    def max_pool_dx(
+        self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
+    ) -> None:
         out.fill(0)
-        windows = _windows(out, kernel, stride, (1,) * len(kernel))
-        for place, tap in enumerate(product(*map(range, kernel))):
-            windows[_tap(tap, len(kernel) + 2)] += np.where(index == place, dy, 0)
+        for place, into in enumerate(windows.taps(windows.windows(out, kernel, stride, dilation), kernel)):
+            into += np.where(index == place, dy, 0)
 
     def avg_pool(self, x: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
-        windows = _windows(x, kernel, stride, (1,) * len(kernel))
         out.fill(0)
-        for tap in product(*map(range, kernel)):
-            out += windows[_tap(tap, len(kernel) + 2)]
+        for values in windows.taps(windows.windows(x, kernel, stride), kernel):
+            out += values
         out /= divisor
 
     def avg_pool_dx(self, dy: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
         share = dy / divisor
         out.fill(0)
-        windows = _windows(out, kernel, stride, (1,) * len(kernel))
-        for tap in product(*map(range, kernel)):
-            windows[_tap(tap, len(kernel) + 2)] += share
+        for into in windows.taps(windows.windows(out, kernel, stride), kernel):
+            into += share
 
     def sum_positions(self, x: Floats, out: Floats, scale: float) -> None:
         out[...] = x.sum(axis=tuple(range(1, x.ndim - 1)), dtype=np.float64) * scale
@@ -110,21 +80,39 @@ class Reference:
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
         out[...] = (dy * dy.dtype.type(scale)).reshape(dy.shape[0], *(1,) * (out.ndim - 2), dy.shape[-1])
 
+    def resample(self, x: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        out.fill(0)
+        if out.size == 0:
+            return
+        factors = np.expand_dims(weight.astype(x.dtype).T, tuple(range(2, x.ndim - dim + 1)))
+        for read, factor in zip(index.T, factors, strict=True):
+            out += np.take(x, read, axis=dim) * factor
+
+    def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        out.fill(0)
+        if dy.size == 0 or out.size == 0:
+            return
+        into, factors = np.moveaxis(out, dim, 0), weight.astype(dy.dtype).ravel()
+        for pairs in _without_duplicates(index.ravel()):
+            factor = np.expand_dims(factors[pairs], tuple(range(1, dy.ndim - dim)))
+            share = np.take(dy, pairs // index.shape[1], axis=dim) * factor
+            into[index.ravel()[pairs]] += np.moveaxis(share, dim, 0)
+
     # --- normalization ---------------------------------------------------------------------------------------------
 
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
-        count = max(1, prod(x.shape[:-1]))
-        mean[...] = x.sum(axis=_all_but_last(x), dtype=np.float64) / count
-        m2[...] = np.square(x - mean).sum(axis=_all_but_last(x))
+        count = prod(x.shape) // max(1, prod(mean.shape))
+        mean[...] = _sum_to(x, mean) / max(1, count)
+        m2[...] = _sum_to(np.square(x - mean), m2)
 
     def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        out[...] = (x - mean) * (rstd * gamma) + beta
+        out[...] = (x - mean) * rstd * gamma + beta
 
     def normalize_grad(
         self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
     ) -> None:
-        sum_dy[...] = dy.sum(axis=_all_but_last(dy), dtype=np.float64)
-        sum_dy_xhat[...] = (dy * (x - mean)).sum(axis=_all_but_last(dy)) * rstd
+        sum_dy[...] = _sum_to(dy, sum_dy)
+        sum_dy_xhat[...] = _sum_to((x - mean) * rstd * dy, sum_dy_xhat)
 
     def normalize_dx(
         self,
@@ -133,11 +121,12 @@ class Reference:
         mean: Floats,
         rstd: Floats,
         gamma: Floats,
-        mean_dy: Floats,
-        mean_dy_xhat: Floats,
+        mean_g: Floats,
+        mean_g_xhat: Floats,
         out: Floats,
     ) -> None:
-        out[...] = (dy - mean_dy - (x - mean) * (rstd * mean_dy_xhat)) * (rstd * gamma)
+        xhat = (x - mean) * rstd
+        out[...] = rstd * (gamma * dy - mean_g - xhat * mean_g_xhat)
 
     # --- elementwise -----------------------------------------------------------------------------------------------
 
@@ -150,25 +139,65 @@ class Reference:
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         np.copyto(out, np.where(y > 0, dy, 0))
 
+    def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
+        np.multiply(a, b, out=out)
+
+    def activate(self, kind: str, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        out[...] = pointwise.activation(kind, x, slope)
+
+    def activate_dx(self, kind: str, dy: Floats, x: Floats, out: Floats, slope: float = 0.0) -> None:
+        np.multiply(dy, pointwise.activation_slope(kind, x, slope), out=out)
+
+    def softmax(self, x: Floats, out: Floats) -> None:
+        if x.size == 0:
+            return
+        exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+        np.divide(exponentials, exponentials.sum(axis=-1, keepdims=True), out=out)
+
+    def softmax_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
+        np.multiply(y, dy - (dy * y).sum(axis=-1, keepdims=True), out=out)
+
     # --- losses ------------------------------------------------------------------------------------------------------
 
-    def softmax_cross_entropy(self, logits: Floats, labels: Ints, loss: Floats, probability: Floats) -> None:
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(shifted)
-        total = exponentials.sum(axis=1, keepdims=True)
-        np.divide(exponentials, total, out=probability)
-        loss[...] = np.log(total[:, 0]) - shifted[np.arange(len(labels)), labels]
+    def cross_entropy(
+        self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
+    ) -> None:
+        if logits.size == 0:
+            loss.fill(0)
+            return
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        np.exp(shifted, out=probability)
+        total = probability.sum(axis=-1, keepdims=True, dtype=np.float64)
+        np.divide(probability, total, out=probability)
+        # -log probability is base - shifted
+        counts, label = _classes(labels, logits.shape[-1])
+        base, at_label = np.log(total[..., 0]), np.take_along_axis(shifted, label[..., None], -1)[..., 0]
+        terms = (1 - smoothing) * weight[label] * (base - at_label)
+        if smoothing:  # 0 times the infinity of a class that a logit of -inf excludes would be NaN
+            terms += smoothing / logits.shape[-1] * (base * weight.sum() - shifted @ weight)
+        loss[...] = _per_sample(np.where(counts, terms, 0))
 
-    def softmax_cross_entropy_dx(self, probability: Floats, labels: Ints, scale: Floats, out: Floats) -> None:
-        np.copyto(out, probability)
-        out[np.arange(len(labels)), labels] -= 1
-        out *= scale[:, None]
+    def cross_entropy_dx(
+        self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
+    ) -> None:
+        if out.size == 0:
+            return
+        counts, label = _classes(labels, out.shape[-1])
+        hit, rest = (1 - smoothing) * weight[label], smoothing / out.shape[-1] * weight
+        np.multiply(probability, (hit + rest.sum())[..., None], out=out)
+        out -= rest
+        at_label = np.take_along_axis(out, label[..., None], -1)
+        np.put_along_axis(out, label[..., None], at_label - hit[..., None], -1)
+        out *= _rows(scale, out)
+        out[~counts] = 0
 
-    def squared_error(self, x: Floats, target: Floats, loss: Floats) -> None:
-        loss[...] = np.square(x - target).sum(axis=1)
+    def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
+        loss[...] = _per_sample(pointwise.loss(kind, x, target, delta))
 
-    def squared_error_dx(self, x: Floats, target: Floats, scale: Floats, out: Floats) -> None:
-        np.multiply(x - target, 2 * scale[:, None], out=out)
+    def pointwise_loss_dx(
+        self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
+    ) -> None:
+        np.multiply(pointwise.loss_slope(kind, x, target, delta), _rows(scale, x), out=out)
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -181,37 +210,31 @@ class Reference:
         w -= lr * (step + momentum * velocity if nesterov else velocity)
 
 
-def _windows(x: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Floats:
-    """The view (N, *outputs, *kernel, C) of x (N, *inputs, C); writable, and it shares elements between windows."""
-    outputs = tuple(
-        max(0, (n - d * (k - 1) - 1) // s + 1)
-        for n, k, s, d in zip(x.shape[1:-1], kernel, stride, dilation, strict=True)
-    )
-    inner = x.strides[1:-1]
-    strides = (
-        x.strides[0],
-        *(b * s for b, s in zip(inner, stride, strict=True)),
-        *(b * d for b, d in zip(inner, dilation, strict=True)),
-        x.strides[-1],
-    )
-    return np.lib.stride_tricks.as_strided(x, (x.shape[0], *outputs, *kernel, x.shape[-1]), strides)
+def _sum_to(x: Array, like: Array) -> Array:
+    """x summed in float64 over the dims that `like`, which broadcasts against it, has not or has as 1."""
+    shape = (1,) * (x.ndim - like.ndim) + like.shape
+    axes = tuple(d for d, n in enumerate(shape) if n == 1)
+    return x.sum(axis=axes, dtype=np.float64).reshape(like.shape)
 
 
-def _parts(windows: Floats) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and of the first position dim whose unfolded windows stay under COLUMN_BYTES."""
-    samples, rows = windows.shape[:2]
-    row_bytes = max(1, prod(windows.shape[2:]) * windows.itemsize)
-    rows_at_once = max(1, min(rows, COLUMN_BYTES // row_bytes))
-    samples_at_once = max(1, COLUMN_BYTES // (row_bytes * rows)) if 0 < rows == rows_at_once else 1
-    for n in range(0, samples, samples_at_once):
-        for row in range(0, rows, rows_at_once):
-            yield slice(n, n + samples_at_once), slice(row, row + rows_at_once)
+def _per_sample(values: Array) -> Array:
+    return values.sum(axis=tuple(range(1, values.ndim)), dtype=np.float64)
 
 
-def _tap(tap: Sizes, ndim: int) -> tuple[slice | int, ...]:
-    """Index of one kernel position in `_windows` of an ndim-dimensional x."""
-    return (slice(None),) * (ndim - 1) + tap
+def _rows(scale: Array, like: Array) -> Array:
+    """A factor per sample, shaped to multiply an array (N, ...)."""
+    return scale.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _all_but_last(x: Array) -> tuple[int, ...]:
-    return tuple(range(x.ndim - 1))
+def _classes(labels: Ints, classes: int) -> tuple[Array, Ints]:
+    """Whether each label is one of the classes, and labels that are an index everywhere."""
+    counts = (labels >= 0) & (labels < classes)
+    return counts, np.where(counts, labels, 0)
+
+
+def _without_duplicates(values: Ints) -> list[Ints]:
+    """The positions of a vector, in as few sets as there can be without a value twice in one of them."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    earlier = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # how often the value came before
+    return [order[earlier == times] for times in range(earlier.max(initial=-1) + 1)]

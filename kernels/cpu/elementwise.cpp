@@ -1,8 +1,9 @@
-// Kernels whose output elements do not depend on each other: activations, additions, and normalization by given
+// Kernels whose output elements do not depend on each other: sums, products, ReLU, and normalization by given
 // statistics. Loops say `ivdep` and not `restrict`: an output may be the very array that an input is.
 #include <algorithm>
 
 #include "kernels.h"
+#include "runs.h"
 
 namespace hpctrain {
 namespace {
@@ -13,12 +14,6 @@ constexpr Index LANES = 256;
 
 template <class T, int M>
 using Vectors = T[M][LANES];
-
-// Calls work(elements, offsets) for each contiguous run of a layout.
-template <int N, class Work>
-void by_runs(const Layout<N>& layout, Work work) {
-    for (Cursor<N> cursor(layout); cursor.left() > 0; cursor.skip(cursor.run())) work(cursor.run(), cursor.offset());
-}
 
 // Calls work(rows, width, offsets, row strides, vectors) until all rows of a layout are done, where vectors[m][i] is
 // element m of value(c) for the channel c of element i of a row.
@@ -55,6 +50,12 @@ template <class T>
 HPCTRAIN_CLONES void add_run(Index n, const T* a, const T* b, T* out) {
 #pragma GCC ivdep
     for (Index i = 0; i < n; ++i) out[i] = a[i] + b[i];
+}
+
+template <class T>
+HPCTRAIN_CLONES void multiply_run(Index n, const T* a, const T* b, T* out) {
+#pragma GCC ivdep
+    for (Index i = 0; i < n; ++i) out[i] = a[i] * b[i];
 }
 
 template <class T>
@@ -99,7 +100,7 @@ HPCTRAIN_CLONES void normalize_dx_rows(Index rows, Index width, const T* dy, Ind
                                        T* out, Index out_step, const Vectors<T, 4>& v) {
     for (Index r = 0; r < rows; ++r, dy += dy_step, x += x_step, out += out_step) {
 #pragma GCC ivdep
-        for (Index i = 0; i < width; ++i) out[i] = (dy[i] - v[2][i] - (x[i] - v[0][i]) * v[3][i]) * v[1][i];
+        for (Index i = 0; i < width; ++i) out[i] = dy[i] * v[1][i] - v[2][i] - (x[i] - v[0][i]) * v[3][i];
     }
 }
 
@@ -108,6 +109,11 @@ HPCTRAIN_CLONES void normalize_dx_rows(Index rows, Index width, const T* dy, Ind
 template <class T>
 void add(const Layout<3>& layout, const T* a, const T* b, T* out) {
     by_runs(layout, [=](Index n, auto& at) { add_run(n, a + at[0], b + at[1], out + at[2]); });
+}
+
+template <class T>
+void multiply(const Layout<3>& layout, const T* a, const T* b, T* out) {
+    by_runs(layout, [=](Index n, auto& at) { multiply_run(n, a + at[0], b + at[1], out + at[2]); });
 }
 
 template <class T>
@@ -147,9 +153,10 @@ void normalize(const Layout<2>& layout, Index channels, const T* x, const double
 
 template <class T>
 void normalize_dx(const Layout<3>& layout, Index channels, const T* dy, const T* x, const double* mean,
-                  const double* rstd, const T* gamma, const double* mean_dy, const double* mean_dy_xhat, T* out) {
+                  const double* rstd, const T* gamma, const double* mean_g, const double* mean_g_xhat, T* out) {
     const auto value = [=](Index c) {
-        return std::array<T, 4>{T(mean[c]), T(rstd[c] * double(gamma[c])), T(mean_dy[c]), T(rstd[c] * mean_dy_xhat[c])};
+        return std::array<T, 4>{T(mean[c]), T(rstd[c] * double(gamma[c])), T(rstd[c] * mean_g[c]),
+                                T(rstd[c] * rstd[c] * mean_g_xhat[c])};
     };
     by_rows<T, 4>(layout, channels, value, [=](Index rows, Index width, auto& at, auto& step, auto& v) {
         normalize_dx_rows<T>(rows, width, dy + at[0], step[0], x + at[1], step[1], out + at[2], step[2], v);
@@ -158,6 +165,7 @@ void normalize_dx(const Layout<3>& layout, Index channels, const T* dy, const T*
 
 #define HPCTRAIN_FOR(T)                                                                                                \
     template void add<T>(const Layout<3>&, const T*, const T*, T*);                                                    \
+    template void multiply<T>(const Layout<3>&, const T*, const T*, T*);                                               \
     template void relu<T>(const Layout<2>&, const T*, T*);                                                             \
     template void relu_dx<T>(const Layout<3>&, const T*, const T*, T*);                                                \
     template void bias_add<T>(const Layout<1>&, Index, T*, const T*);                                                  \

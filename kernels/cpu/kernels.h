@@ -7,6 +7,8 @@
 // strides, instruction set or time of day.
 #pragma once
 
+#include <cstdint>
+
 #include "layout.h"
 
 // Hot loops are compiled for several instruction sets; the loader picks one. They give the same bits, as nothing is
@@ -25,6 +27,8 @@ namespace hpctrain {
 template <class T>
 void add(const Layout<3>& layout, const T* a, const T* b, T* out);
 template <class T>
+void multiply(const Layout<3>& layout, const T* a, const T* b, T* out);
+template <class T>
 void relu(const Layout<2>& layout, const T* x, T* out);
 template <class T>
 void relu_dx(const Layout<3>& layout, const T* dy, const T* y, T* out);
@@ -35,10 +39,31 @@ void normalize(const Layout<2>& rows, Index channels, const T* x, const double* 
                const T* gamma, const T* beta, T* out);
 template <class T>
 void normalize_dx(const Layout<3>& rows, Index channels, const T* dy, const T* x, const double* mean,
-                  const double* rstd, const T* gamma, const double* mean_dy, const double* mean_dy_xhat, T* out);
+                  const double* rstd, const T* gamma, const double* mean_g, const double* mean_g_xhat, T* out);
 // One sample: out[..., c] = scale * dy[c].
 template <class T>
 void spread_positions(const Layout<1>& rows, Index channels, const T* dy, T* out, T scale);
+
+// --- activation.cpp ---
+
+enum class Activation { leaky_relu, gelu, silu, sigmoid, tanh, softplus };
+
+template <class T>
+void activate(Activation kind, const Layout<2>& layout, const T* x, T* out, double slope);
+template <class T>
+void activate_dx(Activation kind, const Layout<3>& layout, const T* dy, const T* x, T* out, double slope);
+
+// --- pooling.cpp ---
+
+// The layout is that of the outputs, its strides those of the first element of each window in x (or dx), of out (or
+// dy), and of index. `taps` are the offsets of the elements of a window from its first one.
+template <class T>
+void max_pool(const Layout<3>& outputs, Index channels, const Index* taps, std::int32_t tap_count, const T* x, T* out,
+              std::int32_t* index);
+// Adds to dx.
+template <class T>
+void max_pool_dx(const Layout<3>& outputs, Index channels, const Index* taps, std::int32_t tap_count, const T* dy,
+                 const std::int32_t* index, T* dx);
 
 // --- reduction.cpp ---
 

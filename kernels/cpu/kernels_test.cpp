@@ -1,11 +1,11 @@
 // Tests of the kernels without Python, for ctest and the sanitizers: each against plain loops over every element.
+#include "kernels.h"
+
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
 #include <vector>
-
-#include "kernels.h"
 
 namespace {
 
@@ -70,6 +70,10 @@ void test_elementwise(Index a, Index b, Index channels, Index pad, std::mt19937&
     add<T>(three, x.data.data(), y.data.data(), out.data.data());
     each(x,
          [&](Index i, Index j, Index c) { expect_near<T>("add", out.at(i, j, c), x.at(i, j, c) + y.at(i, j, c), 0); });
+    multiply<T>(three, x.data.data(), y.data.data(), out.data.data());
+    each(x, [&](Index i, Index j, Index c) {
+        expect_near<T>("multiply", out.at(i, j, c), T(x.at(i, j, c) * y.at(i, j, c)), 0);
+    });
     relu<T>(two, x.data.data(), out.data.data());
     each(x, [&](Index i, Index j, Index c) {
         const double value = x.at(i, j, c);
@@ -88,7 +92,7 @@ void test_elementwise(Index a, Index b, Index channels, Index pad, std::mt19937&
                     v[3], out.data.data());
     each(x, [&](Index i, Index j, Index c) {
         const double xhat = (double(x.at(i, j, c)) - v[0][c]) * v[1][c];
-        const double want = gamma[c] * v[1][c] * (double(y.at(i, j, c)) - v[2][c] - xhat * v[3][c]);
+        const double want = v[1][c] * (double(gamma[c]) * y.at(i, j, c) - v[2][c] - xhat * v[3][c]);
         expect_near<T>("normalize_dx", out.at(i, j, c), want, eps * 50000);
     });
     Block<T> before = x;
@@ -130,6 +134,105 @@ void test_reductions(Index a, Index b, Index channels, Index pad, std::mt19937& 
     }
 }
 
+struct Case {
+    Activation kind;
+    double (*value)(double);
+    double (*slope)(double);
+};
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double sigmoid_slope(double x) { return sigmoid(x) * sigmoid(-x); }
+double normal(double x) { return std::erfc(-x / std::sqrt(2.0)) / 2; }
+double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0)); }
+
+const Case CASES[] = {
+    {Activation::leaky_relu, [](double x) { return x > 0 ? x : 0.25 * x; }, [](double x) { return x > 0 ? 1 : 0.25; }},
+    {Activation::gelu, [](double x) { return x * normal(x); },
+     [](double x) { return normal(x) + x * normal_density(x); }},
+    {Activation::silu, [](double x) { return x * sigmoid(x); },
+     [](double x) { return sigmoid(x) + x * sigmoid_slope(x); }},
+    {Activation::sigmoid, sigmoid, sigmoid_slope},
+    {Activation::tanh, [](double x) { return std::tanh(x); }, [](double x) { return 4 * sigmoid_slope(2 * x); }},
+    {Activation::softplus, [](double x) { return std::fmax(x, 0) + std::log1p(std::exp(-std::abs(x))); }, sigmoid},
+};
+
+template <class T>
+void test_activations(Index a, Index b, Index channels, Index pad, std::mt19937& random) {
+    Block<T> x(a, b, channels, pad, random), dy(a, b, channels, 0, random), out(a, b, channels, 2 * pad, random);
+    for (size_t i = 0; i < x.data.size(); ++i) x.data[i] = T((x.data[i] - 3) * (i % 3 ? 1 : 10));
+    for (size_t i = 0; i < x.data.size(); i += 11) x.data[i] = T(i % 2 ? 0.0 : NAN);
+    for (const Case& f : CASES) {
+        const double eps = 8 * std::numeric_limits<T>::epsilon();
+        activate<T>(f.kind, layout_of<T>(false, x, out), x.data.data(), out.data.data(), 0.25);
+        each(x, [&](Index i, Index j, Index c) {
+            // far below 0 the argument of exp is large, and with it what its rounding does
+            const double want = f.value(x.at(i, j, c)), more = x.at(i, j, c) < -2 ? 0.01 : 0;
+            expect_near<T>("activate", out.at(i, j, c), want, eps * (std::abs(want) + more));
+        });
+        activate_dx<T>(f.kind, layout_of<T>(false, dy, x, out), dy.data.data(), x.data.data(), out.data.data(), 0.25);
+        each(x, [&](Index i, Index j, Index c) {
+            const double factor = dy.at(i, j, c), want = factor * f.slope(x.at(i, j, c));
+            expect_near<T>("activate_dx", out.at(i, j, c), want, eps * std::abs(factor));
+        });
+        const T infinity = std::numeric_limits<T>::infinity();
+        const T far[4] = {infinity, -infinity, std::numeric_limits<T>::max(), std::numeric_limits<T>::lowest()};
+        const T ones[4] = {1, 1, 1, 1};
+        T ends[4];
+        const bool bounded = f.kind == Activation::sigmoid || f.kind == Activation::tanh;
+        const bool leaky = f.kind == Activation::leaky_relu;
+        const double lowest = f.kind == Activation::tanh ? -1 : 0;
+        Layout<2> two;
+        Layout<3> three;
+        two.append(4, {1, 1}), three.append(4, {1, 1, 1});
+        activate<T>(f.kind, two, far, ends, 0.25);
+        for (size_t i : {0, 2}) expect_near<T>("at infinity", ends[i], bounded ? T(1) : far[i], 0);
+        for (size_t i : {1, 3}) expect_near<T>("at -infinity", ends[i], leaky ? far[i] / 4 : lowest, 0);
+        activate_dx<T>(f.kind, three, ones, far, ends, 0.25);
+        for (size_t i : {0, 2}) expect_near<T>("slope at infinity", ends[i], bounded ? 0 : 1, 0);
+        for (size_t i : {1, 3}) expect_near<T>("slope at -infinity", ends[i], leaky ? 0.25 : 0, 0);
+    }
+}
+
+template <class T>
+void test_pooling(Index channels, Index pad, Index kernel, Index stride, Index dilation, std::mt19937& random) {
+    const Index reach = dilation * (kernel - 1) + 1, oa = 3, ob = 4;
+    Block<T> x((oa - 1) * stride + reach, (ob - 1) * stride + reach + 1, channels, pad, random);
+    Block<T> y(oa, ob, channels, 0, random), dy(oa, ob, channels, 2 * pad, random), dx = x;
+    Block<std::int32_t> index(oa, ob, channels, 0, random);
+    for (T& value : x.data) value = std::round(value);  // ties
+    for (size_t i = 0; i < x.data.size(); i += 17) x.data[i] = std::numeric_limits<T>::quiet_NaN();
+    for (T& value : dx.data) value = 0;
+    std::vector<Index> taps;
+    for (Index s = 0; s < kernel; ++s) {
+        for (Index t = 0; t < kernel; ++t) taps.push_back((s * x.line() + t * channels) * dilation);
+    }
+    const auto outputs = [&](const Block<T>& rows) {
+        Layout<3> layout;
+        layout.append(oa, {stride * x.line(), rows.line(), index.line()});
+        layout.append(ob, {stride * channels, channels, channels});
+        layout.end_in_rows();
+        return layout;
+    };
+    max_pool<T>(outputs(y), channels, taps.data(), std::int32_t(taps.size()), x.data.data(), y.data.data(),
+                index.data.data());
+    max_pool_dx<T>(outputs(dy), channels, taps.data(), std::int32_t(taps.size()), dy.data.data(), index.data.data(),
+                   dx.data.data());
+    each(y, [&](Index i, Index j, Index c) {
+        Index winner = 0;
+        const auto element = [&](Index tap) {
+            return std::array<Index, 2>{i * stride + tap / kernel * dilation, j * stride + tap % kernel * dilation};
+        };
+        const auto value = [&](Index tap) { return x.at(element(tap)[0], element(tap)[1], c); };
+        for (Index tap = 1; tap < kernel * kernel && !std::isnan(value(winner)); ++tap) {
+            if (std::isnan(value(tap)) || value(tap) > value(winner)) winner = tap;
+        }
+        expect_near<T>("max_pool", y.at(i, j, c), value(winner), 0);
+        expect_near<T>("index", index.at(i, j, c), double(winner), 0);
+        dx.at(element(winner)[0], element(winner)[1], c) -= dy.at(i, j, c);
+    });
+    for (T value : dx.data) expect_near<T>("max_pool_dx", value, 0, 100 * std::numeric_limits<T>::epsilon());
+}
+
 template <class T>
 void test_optimizer(std::mt19937& random) {
     for (bool nesterov : {false, true}) {
@@ -153,8 +256,16 @@ void test_all() {
             for (Index b : {0, 1, 3, 65}) {
                 for (Index pad : {0, 13}) {
                     test_elementwise<T>(a, b, channels, pad, random);
+                    test_activations<T>(a, b, channels, pad, random);
                     test_reductions<T>(a, b, channels, pad, random);
                 }
+            }
+        }
+    }
+    for (Index channels : {0, 1, 3, 16, 33}) {
+        for (Index kernel : {1, 2, 3}) {
+            for (Index stride : {1, 2}) {
+                for (Index dilation : {1, 2}) test_pooling<T>(channels, 5, kernel, stride, dilation, random);
             }
         }
     }

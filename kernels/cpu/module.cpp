@@ -2,110 +2,28 @@
 // checked here, once, and every function lets other Python threads run.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-#include <sstream>
-#include <string>
+#include <algorithm>
 
+#include "arrays.h"
 #include "kernels.h"
-
-namespace nb = nanobind;
+#include "runs.h"
 
 namespace hpctrain {
 namespace {
 
-template <class T>
-using In = nb::ndarray<const T, nb::device::cpu>;
-template <class T>
-using Out = nb::ndarray<T, nb::device::cpu>;
+constexpr const char* ACTIVATIONS[] = {"leaky_relu", "gelu", "silu", "sigmoid", "tanh", "softplus"};
 
-template <class A>
-std::string shape_of(const A& a) {
-    std::ostringstream text;
-    text << "(";
-    for (size_t d = 0; d < a.ndim(); ++d) text << (d ? ", " : "") << a.shape(d);
-    text << ")";
-    return text.str();
-}
-
-[[noreturn]] void refuse(const char* name, const std::string& what) {
-    throw std::invalid_argument(std::string("hpctrain._native.") + name + ": " + what);
-}
-
-void require_dims(const char* name, size_t ndim, size_t least) {
-    if (ndim < least || ndim >= size_t(MAX_DIMS)) {
-        refuse(name, "an array of " + std::to_string(ndim) + " dims; it takes " + std::to_string(least) + " to " +
-                         std::to_string(MAX_DIMS - 1));
+// The place of a name in ACTIVATIONS is its value in the enumeration.
+Activation activation_of(const char* name, const std::string& kind) {
+    std::string known;
+    for (int place = 0; place < int(std::size(ACTIVATIONS)); ++place) {
+        if (kind == ACTIVATIONS[place]) return Activation(place);
+        known += (place ? ", " : "") + std::string(ACTIVATIONS[place]);
     }
-}
-
-// The layout of dims [begin, end) of arrays of one shape.
-template <class First, class... Rest>
-Layout<1 + sizeof...(Rest)> layout_of(const char* name, size_t begin, size_t end, const First& a, const Rest&... rest) {
-    const auto same = [&](const auto& b) {
-        bool equal = a.ndim() == b.ndim();
-        for (size_t d = 0; equal && d < a.ndim(); ++d) equal = a.shape(d) == b.shape(d);
-        if (!equal) refuse(name, "arrays of one shape are needed, not " + shape_of(a) + " and " + shape_of(b));
-    };
-    (same(rest), ...);
-    Layout<1 + sizeof...(Rest)> layout;
-    for (size_t d = begin; d < end; ++d)
-        layout.append(Index(a.shape(d)), {Index(a.stride(d)), Index(rest.stride(d))...});
-    return layout;
-}
-
-template <class... A>
-Layout<sizeof...(A)> elements(const char* name, const A&... arrays) {
-    size_t ndim = 0;
-    ((ndim = arrays.ndim()), ...);
-    require_dims(name, ndim, 0);
-    auto layout = layout_of(name, 0, ndim, arrays...);
-    layout.end_in_runs();
-    return layout;
-}
-
-template <class A>
-void require_rows(const char* name, const A& a) {
-    const size_t last = a.ndim() - 1;
-    if (a.size() > 0 && a.shape(last) > 1 && a.stride(last) != 1) {  // without elements NumPy says any stride
-        refuse(name, "channels must be contiguous, but those of an array of shape " + shape_of(a) + " lie " +
-                         std::to_string(a.stride(last)) + " elements apart; pass numpy.ascontiguousarray(...)");
-    }
-}
-
-// The positions of channels-last arrays, from dim `begin` on.
-template <class... A>
-Layout<sizeof...(A)> positions(const char* name, size_t begin, const A&... arrays) {
-    size_t ndim = 0;
-    ((ndim = arrays.ndim()), ...);
-    (require_dims(name, arrays.ndim(), begin + 1), ...);
-    (require_rows(name, arrays), ...);
-    auto layout = layout_of(name, begin, ndim - 1, arrays...);
-    layout.end_in_rows();
-    return layout;
-}
-
-// Vectors with one contiguous element per channel; the number of channels.
-template <class A, class... Vectors>
-Index channels(const char* name, const A& a, const Vectors&... vectors) {
-    const size_t count = a.shape(a.ndim() - 1);
-    const auto check = [&](const auto& v) {
-        if (v.ndim() != 1 || v.shape(0) != count || (count > 1 && v.stride(0) != 1)) {
-            refuse(name, "a contiguous vector of " + std::to_string(count) +
-                             " channels is needed, not an array of shape " + shape_of(v));
-        }
-    };
-    (check(vectors), ...);
-    return Index(count);
-}
-
-// (N, C) beside an array (N, ..., C)
-template <class A, class B>
-void require_samples(const char* name, const A& whole, const B& reduced) {
-    if (whole.ndim() < 2 || reduced.ndim() != 2 || reduced.shape(0) != whole.shape(0) ||
-        reduced.shape(1) != whole.shape(whole.ndim() - 1)) {
-        refuse(name, "(N, C) beside (N, ..., C) is needed, not " + shape_of(reduced) + " beside " + shape_of(whole));
-    }
-    require_rows(name, reduced);
+    refuse(name, "activation '" + kind + "' does not exist; choose one of " + known);
 }
 
 template <class F, class... Names>
@@ -117,6 +35,9 @@ template <class T>
 void define(nb::module_& m) {
     using I = const In<T>&;
     using O = const Out<T>&;
+    using IndexIn = const In<std::int32_t>&;
+    using IndexOut = const Out<std::int32_t>&;
+    using Numbers = std::vector<Index>;
     using StatisticIn = const In<double>&;
     using StatisticOut = const Out<double>&;
     const auto arg = [](const char* name) { return nb::arg(name); };
@@ -125,12 +46,52 @@ void define(nb::module_& m) {
         m, "add", [](I a, I b, O out) { add<T>(elements("add", a, b, out), a.data(), b.data(), out.data()); }, arg("a"),
         arg("b"), arg("out"));
 
+    def(
+        m, "multiply",
+        [](I a, I b, O out) { multiply<T>(elements("multiply", a, b, out), a.data(), b.data(), out.data()); }, arg("a"),
+        arg("b"), arg("out"));
+
     def(m, "relu", [](I x, O out) { relu<T>(elements("relu", x, out), x.data(), out.data()); }, arg("x"), arg("out"));
 
     def(
         m, "relu_dx",
         [](I dy, I y, O out) { relu_dx<T>(elements("relu_dx", dy, y, out), dy.data(), y.data(), out.data()); },
         arg("dy"), arg("y"), arg("out"));
+
+    def(
+        m, "activate",
+        [](const std::string& kind, I x, O out, double slope) {
+            const Activation f = activation_of("activate", kind);
+            activate<T>(f, elements("activate", x, out), x.data(), out.data(), slope);
+        },
+        arg("kind"), arg("x"), arg("out"), arg("slope"));
+
+    def(
+        m, "activate_dx",
+        [](const std::string& kind, I dy, I x, O out, double slope) {
+            const Activation f = activation_of("activate_dx", kind);
+            activate_dx<T>(f, elements("activate_dx", dy, x, out), dy.data(), x.data(), out.data(), slope);
+        },
+        arg("kind"), arg("dy"), arg("x"), arg("out"), arg("slope"));
+
+    def(
+        m, "max_pool",
+        [](I x, O out, IndexOut index, const Numbers& kernel, const Numbers& stride, const Numbers& dilation) {
+            const Windows w = windows("max_pool", x, out, index, kernel, stride, dilation);
+            max_pool<T>(w.outputs, Index(x.shape(x.ndim() - 1)), w.taps.data(), std::int32_t(w.taps.size()), x.data(),
+                        out.data(), index.data());
+        },
+        arg("x"), arg("out"), arg("index"), arg("kernel"), arg("stride"), arg("dilation"));
+
+    def(
+        m, "max_pool_dx",
+        [](I dy, IndexIn index, O out, const Numbers& kernel, const Numbers& stride, const Numbers& dilation) {
+            const Windows w = windows("max_pool_dx", out, dy, index, kernel, stride, dilation);
+            by_runs(elements("max_pool_dx", out), [&](Index n, auto& at) { std::fill_n(out.data() + at[0], n, T(0)); });
+            max_pool_dx<T>(w.outputs, Index(out.shape(out.ndim() - 1)), w.taps.data(), std::int32_t(w.taps.size()),
+                           dy.data(), index.data(), out.data());
+        },
+        arg("dy"), arg("index"), arg("out"), arg("kernel"), arg("stride"), arg("dilation"));
 
     def(
         m, "bias_add",
@@ -200,14 +161,13 @@ void define(nb::module_& m) {
 
     def(
         m, "normalize_dx",
-        [](I dy, I x, StatisticIn mean, StatisticIn rstd, I gamma, StatisticIn mean_dy, StatisticIn mean_dy_xhat,
-           O out) {
+        [](I dy, I x, StatisticIn mean, StatisticIn rstd, I gamma, StatisticIn mean_g, StatisticIn mean_g_xhat, O out) {
             const auto rows = positions("normalize_dx", 0, dy, x, out);
-            normalize_dx<T>(rows, channels("normalize_dx", x, mean, rstd, gamma, mean_dy, mean_dy_xhat), dy.data(),
-                            x.data(), mean.data(), rstd.data(), gamma.data(), mean_dy.data(), mean_dy_xhat.data(),
+            normalize_dx<T>(rows, channels("normalize_dx", x, mean, rstd, gamma, mean_g, mean_g_xhat), dy.data(),
+                            x.data(), mean.data(), rstd.data(), gamma.data(), mean_g.data(), mean_g_xhat.data(),
                             out.data());
         },
-        arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("mean_dy"), arg("mean_dy_xhat"), arg("out"));
+        arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("mean_g"), arg("mean_g_xhat"), arg("out"));
 
     def(
         m, "sgd_update",
@@ -222,8 +182,9 @@ void define(nb::module_& m) {
 
 // Tried last: says what was wrong with the arguments, which nanobind's own message does not.
 void define_refusals(nb::module_& m) {
-    for (const char* name : {"add", "relu", "relu_dx", "bias_add", "bias_grad", "sum_positions", "spread_positions",
-                             "moments", "normalize", "normalize_grad", "normalize_dx", "sgd_update"}) {
+    for (const char* name : {"add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "max_pool", "max_pool_dx",
+                             "bias_add", "bias_grad", "sum_positions", "spread_positions", "moments", "normalize",
+                             "normalize_grad", "normalize_dx", "sgd_update"}) {
         m.def(name, [name](const nb::args& arguments) {
             std::string got;
             for (nb::handle a : arguments) {
@@ -232,7 +193,7 @@ void define_refusals(nb::module_& m) {
             }
             const std::string text =
                 std::string("hpctrain._native.") + name +
-                ": takes NumPy arrays of one type, float32 or float64 (statistics always float64), "
+                ": takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
                 "outputs writeable; got " +
                 got;
             throw nb::type_error(text.c_str());

@@ -13,7 +13,7 @@ from cases import Arrays
 
 from hpctrain import backends
 from hpctrain.backends import native
-from hpctrain.backends.base import Backend
+from hpctrain.backends.base import ACTIVATIONS, Backend
 from hpctrain.backends.native import COMPILED, Native
 from hpctrain.backends.reference import Reference
 from hpctrain.errors import BackendUnavailable
@@ -31,7 +31,30 @@ def test_describe_says_what_computes_what() -> None:
     assert compiled == f"native: compiled kernels for {len(COMPILED)} operations"
     gradients = ("_dx", "_dw")
     expected = sorted(name for name in operations - ours if not name.endswith(gradients))
-    assert sorted(others.split(" for ")[1].split(", ")) == expected
+    families, rest = others.split(" for ")[1].split(", and ")
+    assert sorted(families.split(", ")) == expected
+    assert rest == "normalization other than per channel"
+
+
+def test_normalization_is_compiled_per_channel_and_numpy_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, compiled, by_numpy = Native(), [], []
+    x, channel, sample = np.ones((3, 5, 4)), np.ones((3, 4)), np.ones((3, 3, 1, 1))
+
+    class Kernels:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *arguments: compiled.append(name)
+
+    monkeypatch.setattr(native, "_kernels", Kernels())
+    names = ("moments", "normalize", "normalize_grad", "normalize_dx")
+    for name in names:
+        monkeypatch.setattr(Reference, name, lambda self, *arguments, name=name: by_numpy.append(name))
+    for statistics in (channel, sample):
+        native.moments(x, *statistics[:2])
+        native.normalize(x, *statistics[:2], channel[0], channel[1], x)
+        native.normalize_grad(x, x, *statistics[:2], *channel[:2])
+        native.normalize_dx(x, x, *statistics[:2], channel[0], *statistics[1:], x)
+    native.normalize_grad(x, x, *channel[:2], *sample[:2])
+    assert (compiled, by_numpy) == ([*names], [*names, "normalize_grad"])
 
 
 def test_missing_module_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -45,6 +68,7 @@ def test_missing_module_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPat
 
 
 A = np.ones((3, 4), np.float32)
+X, INDEX = np.ones((1, 3, 4, 2), np.float32), np.zeros((1, 3, 4, 2), np.int32)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +87,27 @@ A = np.ones((3, 4), np.float32)
         (lambda n: n.bias_add(A, A[:, 0]), ValueError, r"bias_add: .*4 channels.*\(3\)"),
         (lambda n: n.moments(A, A[0], A[1]), TypeError, r"moments: .*statistics always float64"),
         (lambda n: n.sum_positions(A, A[:2].copy(), 1.0), ValueError, r"sum_positions: .*\(2, 4\) beside \(3, 4\)"),
+        (lambda n: n.activate("gelu", A, A[:2].copy()), ValueError, r"activate: .*one shape.*\(3, 4\) and \(2, 4\)"),
+        (
+            lambda n: n.activate("gelu", A, A.astype(float)),
+            TypeError,
+            r"activate: .*got <class 'str'>, float32, float64",
+        ),
+        (lambda n: n.max_pool(X, X, X, (1, 1), (1, 1)), TypeError, r"max_pool: .*indices int32.*got float32, float32"),
+        (
+            lambda n: n.max_pool(X, X, INDEX, (2, 1), (1, 1)),
+            ValueError,
+            r"max_pool: .*\(1, 3, 4, 2\) do not give outputs",
+        ),
+        (lambda n: n.max_pool(X, X, INDEX[:0], (1, 1), (1, 1)), ValueError, r"max_pool: .*one shape.*\(0, 3, 4, 2\)"),
+        (lambda n: n.max_pool(X, X, INDEX, (1, 1), (1, 0)), ValueError, r"max_pool: .*stride.* start at 1"),
+        (lambda n: n.max_pool(X, X, INDEX, (1,), (1,)), ValueError, r"max_pool: .*one number per position dim"),
+        (
+            lambda n: n.max_pool(X.swapaxes(1, 3), X, INDEX, (1, 1), (1, 1)),
+            ValueError,
+            r"max_pool: channels.*ascontiguous",
+        ),
+        (lambda n: n.max_pool_dx(X[..., :1], INDEX, X, (1, 1), (1, 1)), ValueError, r"max_pool_dx: .*one shape"),
         (lambda n: n.sgd_update(A, A, A, 0.1, 0.9, 0.0, False), ValueError, r"sgd_update: 1D.*\(3, 4\)"),
         (lambda n: n.relu(np.ones((1,) * 8), np.ones((1,) * 8)), ValueError, r"relu: an array of 8 dims; .* to 7"),
     ],
@@ -80,12 +125,19 @@ def test_bits_do_not_depend_on_strides(channels: int, seed: int) -> None:
     for strided in (False, True):
         arrays = Arrays(np.dtype("float32"), seed, strided)
         x, y, out = arrays.of(values), arrays.of(values[::-1]), arrays.out(*values.shape)
+        index = arrays.out(2, 2, 6, 8, channels, dtype=np.int32)
         gamma, beta, mean, m2, sums = values[0, 0, 0, 0], values[1, 0, 0, 0], *np.zeros((3, channels))
         native.moments(x, mean, m2)
         native.normalize(x, mean, 1 / np.sqrt(m2), gamma, beta, out)
         native.normalize_grad(x, y, mean, m2, sums, sums_xhat := np.zeros(channels))
         native.bias_grad(y, bias := np.zeros(channels, np.float32))
         results.append(b"".join(a.tobytes() for a in (mean, m2, out, sums, sums_xhat, bias)))
+        for kind in ACTIVATIONS:
+            native.activate_dx(kind, x, y, out, 0.1)
+            results[-1] += out.tobytes()
+        native.max_pool(x, pooled := arrays.out(2, 2, 6, 8, channels), index, (3, 3, 3), (2, 2, 2))
+        native.max_pool_dx(pooled, index, out, (3, 3, 3), (2, 2, 2))
+        results[-1] += pooled.tobytes() + index.tobytes() + out.tobytes()
         arrays.check_surroundings()
     assert results[0] == results[1]
 
@@ -102,3 +154,10 @@ def test_sum_of_many_float32_keeps_float32_accuracy() -> None:
     x, out = np.full((n, 1), 0.1, np.float32), np.zeros(1, np.float32)
     Native().bias_grad(x, out)
     assert out[0] == np.float32(n * float(np.float32(0.1)))
+
+
+def test_an_index_out_of_its_window_is_left_out() -> None:
+    """A gradient must not be written beside the array, whatever the indices are."""
+    dx, index = np.full((1, 4, 4, 3), np.nan), np.array([-1, 4, 2**31 - 1, 3] * 3, np.int32).reshape(1, 2, 2, 3)
+    Native().max_pool_dx(np.ones((1, 2, 2, 3)), index, dx, (2, 2), (2, 2))
+    assert dx.sum() == 3

@@ -1,0 +1,138 @@
+"""Normalization of every backend against NumPy and differences: per channel, sample, group and position.
+
+Statistics are float64 whatever the arrays are.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from cases import Arrays, assert_close, cases
+
+from hpctrain.backends.base import Backend
+
+SHAPE = (3, 5, 2, 7, 3)
+"""Samples, positions, and channels that may be taken as 7 groups of 3."""
+
+
+class Norm(NamedTuple):
+    """Shapes that broadcast against an array of shape `x` for one kind of normalization."""
+
+    x: tuple[int, ...]
+    over: tuple[int, ...]
+    """The dims that are summed."""
+    statistics: tuple[int, ...]
+    gamma: tuple[int, ...]
+
+
+NORMS = {
+    "batch": Norm(SHAPE[:4], (0, 1, 2), (7,), (7,)),
+    "each channel of a group": Norm(SHAPE, (1, 2, 3), (3, 1, 1, 1, 3), (3,)),
+    "group": Norm(SHAPE, (1, 2, 4), (3, 1, 1, 7, 1), (7, 3)),
+    "instance": Norm(SHAPE[:4], (1, 2), (3, 1, 1, 7), (7,)),
+    "sample": Norm(SHAPE[:4], (1, 2, 3), (3, 1, 1, 1), (7,)),
+    "layer": Norm(SHAPE[:4], (3,), (3, 5, 2, 1), (7,)),
+    "layer, 2 dims": Norm(SHAPE[:4], (2, 3), (3, 5, 1, 1), (2, 7)),
+    "layer of a matrix": Norm(SHAPE[:2], (1,), (3, 1), (5,)),
+    "one channel": Norm((3, 5, 1), (0, 1), (1,), (1,)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_moments_of_every_kind(backend: Backend, dtype: np.dtype, seed: int, kind: str, strided: bool) -> None:
+    norm, arrays = NORMS[kind], Arrays(dtype, seed, strided)
+    x = arrays.normal(*norm.x)
+    mean, m2 = (np.full(norm.statistics, 77.0) for _ in range(2))
+    backend.moments(x, mean, m2)
+    exact = x.astype(float)
+    np.testing.assert_allclose(mean, exact.mean(norm.over).reshape(mean.shape), atol=1e-14)
+    count = prod(norm.x[d] for d in norm.over)
+    np.testing.assert_allclose(m2, exact.var(norm.over).reshape(m2.shape) * count, rtol=1e-12, atol=1e-14)
+    arrays.check_surroundings()
+
+
+def norm_loss(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, dy: np.ndarray, over: tuple[int, ...]) -> float:
+    """<dy, x normalized over these dims>, in NumPy's own terms."""
+    mean, var = x.mean(over, keepdims=True), x.var(over, keepdims=True)
+    return float(np.sum(dy * ((x - mean) / np.sqrt(var + 1e-3) * gamma + beta)))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradients_of_every_kind_equal_differences(backend: Backend, seed: int, kind: str, strided: bool) -> None:
+    norm, arrays = NORMS[kind], Arrays(np.dtype("float64"), seed, strided)
+    x, dy, gamma, beta = (arrays.normal(*shape) for shape in (norm.x, norm.x, norm.gamma, norm.gamma))
+    y, g, dx, count = arrays.out(*norm.x), arrays.out(*norm.x), arrays.out(*norm.x), prod(norm.x[d] for d in norm.over)
+    mean, m2, sum_g, sum_g_xhat = (np.full(norm.statistics, 77.0) for _ in range(4))
+    dgamma, dbeta = np.full((2, *norm.gamma), 77.0)
+    backend.moments(x, mean, m2)
+    rstd = 1 / np.sqrt(m2 / count + 1e-3)
+    backend.normalize(x, mean, rstd, gamma, beta, y)
+    backend.normalize_grad(dy, x, mean, rstd, dbeta, dgamma)
+    g[...] = dy * gamma
+    backend.normalize_grad(g, x, mean, rstd, sum_g, sum_g_xhat)
+    backend.normalize_dx(dy, x, mean, rstd, gamma, sum_g / count, sum_g_xhat / count, dx)
+    arrays.check_surroundings()
+    inputs = [np.array(a) for a in (x, gamma, beta)]
+    assert np.vdot(y, dy) == pytest.approx(norm_loss(*inputs, dy, norm.over), rel=1e-10, abs=1e-10)
+    for array, gradient in zip(inputs, (dx, dgamma, dbeta), strict=True):
+        for _ in range(3):
+            at, h, losses = tuple(arrays.rng.integers(array.shape)), 1e-5, []
+            for step in (h, -2 * h, h):
+                array[at] += step
+                losses.append(norm_loss(*inputs, dy, norm.over))
+            assert gradient[at] == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_far_from_zero(backend: Backend, dtype: np.dtype, seed: int, offset: float) -> None:
+    for g, arrays in cases(dtype, seed, wide=True):
+        x = arrays.of((arrays.rng.standard_normal((g.n, *g.extent, g.c)) + offset).astype(dtype))
+        mean, m2 = arrays.out(g.c, dtype=float), arrays.out(g.c, dtype=float)
+        backend.moments(x, mean, m2)
+        exact = x.reshape(-1, g.c).astype(np.longdouble)  # of the rounded values: only the algorithm may err
+        np.testing.assert_allclose(mean, exact.mean(axis=0).astype(float), rtol=1e-13, atol=1e-13)
+        want = ((exact - exact.mean(axis=0)) ** 2).sum(axis=0)
+        np.testing.assert_allclose(m2, want.astype(float), rtol=1e-11, atol=1e-11)
+
+
+def test_normalize_operations_round_no_more_than_their_type(backend: Backend, dtype: np.dtype, seed: int) -> None:
+    for g, arrays in cases(dtype, seed, wide=True):
+        x, dy, y, dx = (arrays.normal(g.n, *g.extent, g.c) for _ in range(4))
+        gamma, beta = arrays.normal(g.c), arrays.normal(g.c)
+        statistics = Arrays(np.dtype("float64"), seed, strided=False)
+        mean, mean_g, mean_g_xhat = (statistics.normal(g.c) for _ in range(3))
+        rstd, sum_dy, sum_dy_xhat = np.exp(statistics.normal(g.c)), statistics.out(g.c), statistics.out(g.c)
+        backend.normalize(x, mean, rstd, gamma, beta, y)
+        backend.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+        backend.normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, dx)
+        xhat, reach = (x - mean) * rstd, (np.abs(x) + np.abs(mean)) * rstd
+        assert_close(y, xhat * gamma + beta, reach * np.abs(gamma) + np.abs(beta), dtype, 3)
+        want, size = rstd * (gamma * dy - mean_g - xhat * mean_g_xhat), np.abs(gamma * dy)
+        assert_close(dx, want, rstd * (size + np.abs(mean_g) + reach * np.abs(mean_g_xhat)), dtype, 5)
+        for sums, terms in ((sum_dy, dy.astype(float)), (sum_dy_xhat, dy * xhat)):
+            flat = terms.reshape(-1, g.c)
+            magnitude = (np.abs(dy) * (reach + 1)).reshape(-1, g.c).sum(axis=0)
+            assert_close(sums, flat.sum(axis=0), magnitude, np.dtype("float64"), len(flat))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NORMS if kind != "batch"])
+def test_every_kind_rounds_no_more_than_its_type(backend: Backend, dtype: np.dtype, seed: int, kind: str) -> None:
+    norm, arrays, statistics = NORMS[kind], Arrays(dtype, seed, True), Arrays(np.dtype(float), seed + 1, False)
+    x, dy, gamma, beta = (arrays.normal(*shape) for shape in (norm.x, norm.x, norm.gamma, norm.gamma))
+    mean, mean_g, mean_g_xhat = (statistics.normal(*norm.statistics) for _ in range(3))
+    rstd, y, dx = np.exp(statistics.normal(*norm.statistics)), arrays.out(*norm.x), arrays.out(*norm.x)
+    backend.normalize(x, mean, rstd, gamma, beta, y)
+    backend.normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, dx)
+    for at in np.ndindex(norm.x):
+        m, r, p, q, a, b = (np.broadcast_to(v, norm.x)[at] for v in (mean, rstd, mean_g, mean_g_xhat, gamma, beta))
+        xhat, reach = (float(x[at]) - m) * r, (abs(float(x[at])) + abs(m)) * r
+        assert_close(y[at], xhat * a + b, reach * abs(a) + abs(b), dtype, 3)
+        assert_close(
+            dx[at], r * (a * float(dy[at]) - p - xhat * q), r * (abs(a * dy[at]) + abs(p) + reach * abs(q)), dtype, 5
+        )
+    arrays.check_surroundings()
