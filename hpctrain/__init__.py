@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from hpctrain.comm.grid import ProcessGrid
     from hpctrain.executor import Executor
     from hpctrain.graph import Graph
-    from hpctrain.partition import Distribution, Partition
+    from hpctrain.partition import Partition
     from hpctrain.planner.plan import Plan
+    from hpctrain.regions import Distribution
 
 _HOME = {
-    "Distribution": "hpctrain.partition",
+    "Distribution": "hpctrain.regions",
     "Exchange": "hpctrain.comm.exchange",
     "Executor": "hpctrain.executor",
     "Graph": "hpctrain.graph",

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from hpctrain.comm.world import World
     from hpctrain.config import Config
 
-STATUSES = "exit status: 0 good, 2 bad input, 3 lost a rank, 75 stopped on purpose and resumable"
+STATUSES = (
+    "exit status: 0 good, 1 verify found a difference, 2 bad input, 3 lost a rank, 75 stopped on purpose and resumable"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +57,11 @@ def train(args: argparse.Namespace) -> int:
     """`hpctrain train`, on every rank that a launcher started."""
     from hpctrain import launch
 
-    request = TrainRequest(args)
+    request = RunRequest(args)
     if args.dry_run:
-        return dry_run(request.load(), args.json)
+        from hpctrain import dryrun
+
+        return dryrun.run(request.load(), args.json)
     if not launch.under_launcher():
         require_ranks(request.load(), 1)
 
@@ -77,11 +81,36 @@ def train(args: argparse.Namespace) -> int:
     return run_spmd(on_each_rank)
 
 
-class TrainRequest:
-    """What the words of `hpctrain train` ask for: a config file or a run folder, and overrides."""
+def verify(args: argparse.Namespace) -> int:
+    """`hpctrain verify`, on every rank that a launcher started."""
+    from hpctrain import launch
+
+    request = RunRequest(args)
+    request.overrides += [f"train.precision={args.precision}", f"train.backend={args.backend}"]
+    if args.plan or args.grid:
+        request.overrides.append(f"plan.grid={json.dumps(args.plan) if args.plan else f'{{{args.grid}}}'}")
+    if not launch.under_launcher():
+        require_ranks(request.load(), 1)
+    from hpctrain.comm.world import all_ranks, run_spmd
+
+    def on_each_rank(world: World) -> int:
+        from hpctrain import verify as verification
+
+        with all_ranks(world.comm):
+            config = request.load()
+            require_ranks(config, world.size)
+        budget = args.budget * 2**20
+        options = verification.Options(args.steps, args.sample_layers, budget, args.all, args.json)
+        return verification.run(world, config, options)
+
+    return run_spmd(on_each_rank)
+
+
+class RunRequest:
+    """What the words of `hpctrain train` or `verify` ask for: a config file or a run folder, and overrides."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        words = list(args.words)
+        words, command = list(args.words), args.command
         # `--resume` takes the next word, which may have been meant as the config or an override.
         if args.resume and not os.path.isdir(args.resume) and (args.resume.endswith(".toml") or "=" in args.resume):
             words.insert(0, args.resume)
@@ -89,7 +118,9 @@ class TrainRequest:
         self.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
         files = [word for word in words if word not in self.overrides]
         if len(files) > 1:
-            raise ConfigError(f"train: one config at a time, not {' '.join(files)}; an override is section.key=value")
+            raise ConfigError(
+                f"{command}: one config at a time, not {' '.join(files)}; an override is section.key=value"
+            )
         self.resuming = args.resume is not None
         self.run = Path(args.resume) if args.resume else None
         if files:
@@ -98,7 +129,8 @@ class TrainRequest:
             self.path = self.run / "config.toml"
             self.overrides.insert(0, f"run.folder={json.dumps(str(self.run))}")
         else:
-            raise ConfigError("train: which run? give CONFIG.toml, or --resume RUN to continue one")
+            or_resume = ", or --resume RUN to continue one" if command == "train" else ""
+            raise ConfigError(f"{command}: which run? give CONFIG.toml{or_resume}")
 
     def load(self) -> Config:
         """The config: that of CONFIG, or of the run folder to resume. Raises ConfigError or CheckpointError."""
@@ -135,37 +167,6 @@ def require_ranks(config: Config, size: int) -> None:
         there = f"{size} were started" if launch.under_launcher() else "no launcher started this process"
         line = launch.command_line(ranks, sys.argv[1:])
         raise LaunchError(f"{asked} needs {ranks} ranks, but {there}; give a smaller grid, or:\n{line}")
-
-
-def dry_run(config: Config, as_json: bool) -> int:
-    """Print the resolved config and what every layer would become, without starting MPI."""
-    from hpctrain import launch, prepare
-    from hpctrain.config import to_toml
-
-    data, _ = prepare.open_datasets(config)
-    graph = prepare.build_graph(config, data)
-    plan = prepare.make_plan(config, graph)
-    layers: list[dict[str, Any]] = [
-        {
-            "layer": node.name,
-            "kind": type(node.layer).__name__,
-            "shape": list(node.shape),
-            "partition": plan.partitions[node.name].parts(),
-        }
-        for node in graph
-    ]
-    print(to_toml(config))
-    print("\n".join(f"# {note}" for note in plan.notes))
-    width = max(len(layer["layer"]) for layer in layers)
-    for layer in layers:
-        name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
-        print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
-    print(f"# {launch.command_line(plan.ranks, ['train', *[w for w in sys.argv[2:] if w != '--dry-run']])}")
-    if as_json:
-        from hpctrain.console import print_json
-
-        print_json("train", layers)
-    return 0
 
 
 def data_make(args: argparse.Namespace) -> int:
@@ -250,6 +251,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="the config, and changes to it")
     sub.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue from a run folder's checkpoint")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, and leave")
+    _json(sub)
+
+    sub = _command(commands, "verify", verify, "check that a plan computes what one rank computes")
+    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="the config, and changes to it")
+    cut = sub.add_mutually_exclusive_group()
+    cut.add_argument("--plan", metavar="PLAN.json", help="the plan to check, instead of the config's")
+    cut.add_argument("--grid", metavar="batch=3,height=2", help="a grid for all layers, instead of the config's")
+    sub.add_argument("--steps", type=_positive, default=2, help="training steps (default: 2)")
+    sub.add_argument("--precision", choices=("float64", "float32"), default="float64", help="whatever the config says")
+    sub.add_argument("--backend", choices=("reference", "native"), default="reference", help="whatever the config says")
+    sub.add_argument("--sample-layers", action="store_true", help="layers one at a time, on shapes cut to fit --budget")
+    sub.add_argument(
+        "--budget", type=_positive, default=256, metavar="MIB", help="for one sampled layer (default: 256)"
+    )
+    sub.add_argument("--all", action="store_true", help="show every layer and edge of a large network")
+    sub.set_defaults(resume=None)
     _json(sub)
 
     data = _command(commands, "data", None, "make, import and inspect data sets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -14,14 +15,18 @@ from hpctrain.comm.exchange import Exchange, Way
 from hpctrain.comm.grid import ProcessGrid
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import Input, Op, Place
+from hpctrain.layers import Input, Op, Phase, Place
 from hpctrain.parameters import Group, Parameters, Tensor, initial
-from hpctrain.partition import Box, Partition, Region, extent, volume
-from hpctrain.planner.layout import Layout, edges, layouts
+from hpctrain.partition import AXES, Box, Partition, extent, volume
+from hpctrain.planner.layout import Layout, differentiable, edges, layouts
 from hpctrain.planner.plan import Plan
+from hpctrain.regions import Region
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+TRAINING = Phase()
 
 
 @dataclass
@@ -64,13 +69,14 @@ class Executor:
             raise BackendUnavailable(
                 f"backend {backend.name} has no {dtype}, only {', '.join(backend.dtypes)}; set train.precision"
             )
-        self.graph, self.plan, self.backend, self.dtype = graph, plan, backend, np.dtype(dtype)
+        self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, np.dtype(dtype), seed
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
         self._allreduce = allreduce.get(plan.allreduce).allreduce
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
+        self._differentiable = differentiable(graph)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)
         self.state = [tensor for place in self.layouts.values() for tensor in self._statistics(place, seed)]
         self.exchanges = self._exchanges()
@@ -89,8 +95,8 @@ class Executor:
         """The array to fill with this rank's box (`layouts[name].output.box(rank)`) of an input before `forward`."""
         return self._inputs[name][0]
 
-    def forward(self, training: bool = True) -> Array:
-        """Run all layers; returns this rank's rows (n, 3) of the loss layer's output."""
+    def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
+        """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
         for first, *more in self._inputs.values():
             for other in more:
                 np.copyto(other, first)
@@ -99,22 +105,24 @@ class Executor:
             begin = perf_counter()
             y = step.result if step.sum_partials is None else step.sum_partials.reserve()
             if step.active:
-                step.op.forward(x, step.weights, y, training)
+                step.op.forward(x, step.weights, y, phase)
             self.seconds["compute"] += perf_counter() - begin
             if step.sum_partials is not None:
                 np.copyto(step.result, self._transfer(step.sum_partials))
             for edge in step.outputs[1:]:  # the first one's source is the result itself
                 np.copyto(edge.fwd.reserve(), step.result)
-        loss = self.graph.loss
-        return self._by_name[loss.name].result.reshape(-1, loss.shape[-1])  # (0, 3) on an idle rank
+        # (0, 4) on an idle rank
+        return {loss.name: self._by_name[loss.name].result.reshape(-1, loss.shape[-1]) for loss in self.graph.losses}
 
-    def backward(self, dloss: Array) -> None:
-        """Fill `parameters.gradients` with the sums over the global batch of d(loss)/d(weight).
+    def backward(self, dloss: Mapping[str, Array]) -> None:
+        """Fill `parameters.gradients` with the sums over the global batch of d(total)/d(weight).
 
-        `dloss` (n, 3) is the gradient of what is minimised with respect to `forward`'s rows.
+        `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows.
         """
         for step in reversed(self.steps):
-            dy = dloss if step.name == self.graph.loss.name else self._output_gradient(step)
+            dy = None
+            if step.name in self._differentiable:
+                dy = dloss[step.name] if step.name in dloss else self._output_gradient(step)
             if dy is not None:
                 self._backward_step(step, dy)
             for group in step.groups:
@@ -122,7 +130,8 @@ class Executor:
 
     def _backward_step(self, step: Step, dy: Array) -> None:
         if step.spread_gradient is not None:
-            np.copyto(step.spread_gradient.reserve(), dy)
+            into = step.spread_gradient.reserve()
+            np.copyto(into, dy.reshape(into.shape))  # rows of nothing have other extents on an idle rank
             dy = self._transfer(step.spread_gradient)
         begin = perf_counter()
         dx = [None if edge.bwd is None else edge.bwd.reserve() for edge in step.inputs]
@@ -235,7 +244,8 @@ class Executor:
 
     def _bind(self, place: Layout, groups: tuple[Group, ...]) -> Step:
         node, rank = place.node, self.rank
-        axes = tuple(axis for axis in node.layer.reduce_axes if place.partition[axis] > 1)
+        reduced = node.layer.reduce_axes(*node.input_shapes)
+        axes = tuple(axis for axis in AXES if axis in reduced and place.partition[axis] > 1)
         comm = self._grid(place.partition).sub(axes) if axes else None
         for partition, replicated in groups:  # collective: all grids are made now, in the same order on all ranks
             if replicated:
@@ -246,6 +256,8 @@ class Executor:
         produced: Region = place.output if place.partial is None else place.partial
         op = node.layer.bind(
             Place(
+                node.name,
+                self.seed,
                 self.backend,
                 self.dtype,
                 node.input_shapes,

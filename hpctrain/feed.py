@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -12,7 +12,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.order import Batches
 from hpctrain.errors import DataError, HpctrainError
 from hpctrain.executor import Executor
-from hpctrain.layers.loss import LOSS, SCORE, WEIGHT, Loss
+from hpctrain.layers.loss import LOSS, Loss
 from hpctrain.metrics import Totals
 from hpctrain.partition import volume
 
@@ -23,7 +23,7 @@ class Feed:
     def __init__(self, data: Dataset, batches: Batches, executor: Executor) -> None:
         self.data, self.batches, self.executor = data, batches, executor
         self.loader = Loader(data, batches, executor.box("x"), executor.box("y"))
-        self.loss = executor.graph.loss
+        self.losses = executor.graph.losses
         self.seconds = 0.0
         """Time spent reading so far."""
 
@@ -39,25 +39,32 @@ class Feed:
             self.seconds += perf_counter() - begin
         return None
 
-    def sums(self, rows: np.ndarray, weights: np.ndarray) -> Totals:
-        """What the loss rows (n, 3) of this rank's samples add up to; padding, of weight 0, counts for nothing."""
-        real = weights > 0
-        sums = rows[real].astype(np.float64).T @ weights[real]
-        return Totals(float(sums[LOSS]), float(sums[WEIGHT]), float(sums[SCORE]), float(weights.sum()))
+    def sums(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> Totals:
+        """What this rank's rows (n, 4) of each loss add up to; padding, of weight 0, counts for nothing."""
+        found = Totals()
+        for name, mine in rows.items():
+            real = weights[name] > 0
+            found.sums[name] = (mine[real].astype(np.float64).T @ weights[name][real]).tolist()
+        found.samples = float(weights[self.losses[0].name].sum())
+        return found
 
-    def weights(self, epoch: int, step: int) -> np.ndarray:
-        """Weights of the samples whose loss rows this rank holds, float64 (n,)."""
-        return self.batches.ids(epoch, step)[1][self.executor.box(self.loss.name)[0]]
+    def weights(self, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """By loss layer, the weights of the samples whose rows this rank holds, float64 (n,)."""
+        _, every = self.batches.ids(epoch, step)
+        return {loss.name: every[self.executor.box(loss.name)[0]] for loss in self.losses}
 
-    def suspects(self, epoch: int, step: int, rows: np.ndarray) -> tuple[list[int], list[int]]:
-        """Samples of a batch that are not finite: by what this rank reads of them, and by its rows of the loss."""
+    def suspects(self, epoch: int, step: int, rows: Mapping[str, np.ndarray]) -> tuple[list[int], list[int]]:
+        """Samples of a batch that are not finite: by what this rank reads of them, and by its rows of the losses."""
         ids, weights = self.batches.ids(epoch, step)
-        x_box, mine = self.loader.x_box, self.executor.box(self.loss.name)[0]
+        x_box = self.loader.x_box
         read: list[int] = []
         if volume(x_box) and not np.isfinite(self.executor.input("x")).all():
             read = self.data.nonfinite(ids[x_box[0]], x_box[1:])
-        broken = ~np.isfinite(rows[:, LOSS]) & (weights[mine] > 0)
-        return read, ids[mine][broken].tolist()
+        broken = []
+        for name, found in rows.items():
+            mine = self.executor.box(name)[0]
+            broken += ids[mine][~np.isfinite(found[:, LOSS]) & (weights[mine] > 0)].tolist()
+        return read, broken
 
     def name(self, samples: Sequence[int], most: int = 8) -> str:
         """The user's ids of samples, for a message."""
@@ -66,11 +73,17 @@ class Feed:
         return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:most]))}{more}"
 
     def _check_targets(self, epoch: int, step: int) -> None:
-        layer, outputs, targets = self.loss.layer, self.loss.input_shapes[0][-1], self.executor.input("y")
-        wrong = layer.invalid(targets, outputs) if isinstance(layer, Loss) else np.zeros(len(targets), bool)
-        if wrong.any():
-            ids = self.batches.ids(epoch, step)[0][self.loader.y_box[0]][wrong]
-            raise DataError(
-                f"{self.data.folder}: label {targets[wrong][0]} of {self.name(ids.tolist()[:1])}, but the network has "
-                f"{outputs} outputs (labels 0 to {outputs - 1}); mend the data or the network"
-            )
+        """Raises DataError naming a sample whose target does not go with the network's outputs."""
+        targets = self.executor.input("y")
+        for loss in self.losses:
+            if loss.inputs[1] != "y" or not isinstance(loss.layer, Loss):
+                continue
+            outputs = loss.input_shapes[0][-1]
+            wrong = loss.layer.invalid(targets, outputs)
+            if wrong.any():
+                rows = wrong.reshape(len(wrong), -1).any(axis=1)
+                ids = self.batches.ids(epoch, step)[0][self.loader.y_box[0]][rows]
+                raise DataError(
+                    f"{self.data.folder}: label {targets[wrong][0]} of {self.name(ids.tolist()[:1])}, but the network "
+                    f"has {outputs} outputs (labels 0 to {outputs - 1}); mend the data or the network"
+                )

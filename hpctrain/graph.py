@@ -48,10 +48,21 @@ class Graph:
                 some = f"{layer.inputs.start}" if len(layer.inputs) == 1 else f"{layer.inputs.start} or more"
                 raise PlanError(f"{len(shapes)} inputs; give {some}")
             shape = layer.output_shape(*shapes)
+            self._require_kinds(layer, inputs, shapes)
         except PlanError as error:
             raise PlanError(f"layer {name} (input {' and '.join(map(str, shapes))}): {error}") from None
         self.nodes[name] = Node(name, layer, inputs, shapes, shape)
         return name
+
+    def _require_kinds(self, layer: Layer, inputs: tuple[str, ...], shapes: tuple[Shape, ...]) -> None:
+        """Raises PlanError where labels go to a layer that computes with numbers, or the reverse."""
+        for name, wanted in zip(inputs, layer.labels(*shapes), strict=True):
+            source = self.nodes[name].layer
+            given = isinstance(source, Input) and source.integer
+            if wanted and not given:
+                raise PlanError(f"{name} holds numbers, but labels are due; make it an input with integer=True")
+            if given and not wanted:
+                raise PlanError(f"{name} holds labels, but numbers are due; make it an input without integer=True")
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
@@ -64,12 +75,12 @@ class Graph:
         return [(node, i) for node in self for i, used in enumerate(node.inputs) if used == name]
 
     @property
-    def loss(self) -> Node:
-        """The one loss layer. Raises PlanError where there is none or more than one."""
+    def losses(self) -> list[Node]:
+        """The loss layers, in graph order. Raises PlanError where there is none."""
         found = [node for node in self if isinstance(node.layer, Loss)]
-        if len(found) != 1:
-            raise PlanError(f"a network is trained on one loss, this one has {len(found)}")
-        return found[0]
+        if not found:
+            raise PlanError(f"a network is trained on a loss, this one has none among {', '.join(self.nodes)}")
+        return found
 
     def weights(self) -> Iterator[tuple[Node, str, Weight]]:
         """(node, name, weight) of every trained parameter."""

@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import ConfigError
+from hpctrain.layers.loss import COLUMNS, WEIGHT, Loss
+
+_NOTHING = [0.0] * COLUMNS
 
 
 @dataclass
 class Totals:
-    """Sums over samples, of which the mean loss and score are quotients. `samples` leaves padding out."""
+    """Sums over samples, of which mean losses and scores are quotients. `samples` leaves padding out.
 
-    loss: float = 0.0
-    weight: float = 0.0
-    score: float = 0.0
+    `sums` are, by loss layer, those of its columns LOSS, WEIGHT, SCORE and COUNT.
+    """
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
     samples: float = 0.0
 
     def add(self, other: Totals) -> None:
         """Add another's sums to these."""
-        self.loss, self.weight, self.score, self.samples = (
-            a + b for a, b in zip(astuple(self), astuple(other), strict=True)
-        )
+        for name, more in other.sums.items():
+            self.sums[name] = [a + b for a, b in zip(self.sums.get(name, _NOTHING), more, strict=True)]
+        self.samples += other.samples
 
-    def means(self, score: str, prefix: str = "") -> dict[str, float]:
-        """{prefix + "loss": ..., prefix + score: ...}; NaN where nothing was counted."""
-        weight = self.weight or float("nan")
-        return {f"{prefix}loss": self.loss / weight, f"{prefix}{score}": self.score / weight}
+    def shares(self, losses: Mapping[str, Loss]) -> dict[str, float]:
+        """By loss layer, the factor of its summed loss in the total: scale / weight, and 0 where nothing has weight."""
+        weights = {name: self.sums.get(name, _NOTHING)[WEIGHT] for name in losses}
+        return {name: layer.scale / weights[name] if weights[name] else 0.0 for name, layer in losses.items()}
+
+    def means(self, losses: Mapping[str, Loss], prefix: str = "") -> dict[str, float]:
+        """{prefix + "loss": total, prefix + score: ...} of one loss; NaN where nothing was counted.
+
+        Of several also "<layer>.loss", not scaled, and "<layer>.<score>" in place of the score. A loss without weight
+        adds nothing to the total.
+        """
+        total, counted, found = 0.0, False, {f"{prefix}loss": nan}
+        for name, layer in losses.items():
+            loss, weight, score, count = self.sums.get(name, _NOTHING)
+            if weight:
+                total, counted = total + layer.scale * loss / weight, True
+            if len(losses) > 1:
+                found[f"{prefix}{name}.loss"] = loss / weight if weight else nan
+            label = layer.score if len(losses) == 1 else f"{name}.{layer.score}"
+            found[f"{prefix}{label}"] = score / count if count else nan
+        return found | ({f"{prefix}loss": total} if counted else {})
 
 
 class MetricsFile:

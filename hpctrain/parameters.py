@@ -10,8 +10,9 @@ import numpy as np
 
 from hpctrain import randomness
 from hpctrain.layers import Weight
-from hpctrain.partition import Box, Distribution, Partition, Shape, extent
+from hpctrain.partition import Box, Partition, Shape, extent
 from hpctrain.planner.layout import Layout
+from hpctrain.regions import Distribution
 
 Group = tuple[Partition, tuple[str, ...]]
 """Partition and replicated axes: ranks that hold the same blocks of the same parameters."""

@@ -13,6 +13,7 @@ from hpctrain.errors import ConfigError, DataError, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Input
 from hpctrain.partition import Shape
+from hpctrain.planner import memory
 from hpctrain.planner import plan as plans
 from hpctrain.planner.plan import Plan
 
@@ -35,7 +36,8 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
 
 def build_graph(config: Config, data: Dataset) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
-    sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape))
+    labels = data.classes is not None
+    sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape), data.y_shape if labels else ())
     try:
         graph = models.build(config.model.name, config.train.batch, sample, config.model.options)
     except PlanError as error:
@@ -70,3 +72,10 @@ def make_plan(config: Config, graph: Graph) -> Plan:
         found.check(graph)
         return replace(found, allreduce=config.plan.allreduce or found.allreduce)
     return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce or "ring")
+
+
+def needed(config: Config, rank: int) -> memory.Memory:
+    """What `rank` needs to train as `config` says. Raises as the functions above do."""
+    data, _ = open_datasets(config)
+    graph = build_graph(config, data)
+    return memory.of_run(config, graph, make_plan(config, graph), [rank])[rank]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
 
 import numpy as np
@@ -12,6 +11,10 @@ from hpctrain.errors import ConfigError
 from hpctrain.partition import Box, Shape, extent
 
 WORDS_PER_COUNTER = 4
+NEW_STREAM = 4096
+"""Words that can be drawn in the time that it takes to begin a stream (15 us, at 4 ns a word)."""
+LONGEST_STREAM = 2**20
+"""Words drawn at a time, where dims allow."""
 
 
 def random_words(purpose: str, seed: int, index: int, n: int, start: int = 0) -> np.ndarray:
@@ -38,17 +41,22 @@ def words(seed: int, name: str, shape: Shape, box: Box) -> np.ndarray:
     out = np.empty(extent(box), np.uint64)
     if out.size == 0:
         return out
-    # dims that the box takes whole join the dim before them in one run of consecutive indices
-    last = len(shape) - 1
-    while last > 0 and out.shape[last] == shape[last]:
-        last -= 1
-    run = prod(out.shape[last:])
-    flat = out.reshape(-1, run)
+    if not shape:
+        return words(seed, name, (1,), (slice(0, 1),)).reshape(())
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    starts = product(*(range(s.start * n, s.stop * n, n) for s, n in zip(box[:last], strides[:last], strict=True)))
-    first = box[last].start * strides[last] if shape else 0
-    for row, start in zip(flat, starts, strict=True):
-        row[:] = random_words("tensor", seed, index, run, sum(start) + first)
+    first = sum(s.start * n for s, n in zip(box, strides, strict=True))
+    spans = [
+        1 + sum((n - 1) * step for n, step in zip(out.shape[d:], strides[d:], strict=True)) for d in range(out.ndim)
+    ]
+    # a stream draws all from dim `dim` on, and what lies between in vain, as long as that costs less than more streams
+    costs = [prod(out.shape[:d]) * (span + NEW_STREAM) for d, span in enumerate(spans)]
+    able = [d for d, span in enumerate(spans) if span <= LONGEST_STREAM or d == out.ndim - 1]
+    dim = min(able, key=costs.__getitem__)
+    apart = [n * out.itemsize for n in strides[dim:]]
+    for at in np.ndindex(out.shape[:dim]):
+        start = first + sum(i * n for i, n in zip(at, strides[:dim], strict=True))
+        drawn = random_words("tensor", seed, index, spans[dim], start)
+        out[at] = np.lib.stride_tricks.as_strided(drawn, out.shape[dim:], apart)
     return out
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpctrain import backends, launch, optim, prepare, runfolder
+from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
 from hpctrain.comm.world import STOPPED, World, agree, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json
@@ -17,9 +18,11 @@ from hpctrain.data.order import Batches
 from hpctrain.errors import HpctrainError, NumericsError
 from hpctrain.executor import Executor
 from hpctrain.feed import Feed
-from hpctrain.layers.loss import LOSS, Loss
+from hpctrain.layers import Loss, Phase
+from hpctrain.layers.loss import COLUMNS, LOSS
 from hpctrain.metrics import MetricsFile, Totals
 from hpctrain.optim.schedule import learning_rate
+from hpctrain.planner import memory as planned
 from hpctrain.saving import Progress, Saver
 
 
@@ -27,7 +30,8 @@ def run(world: World, config: Config, resume: Path | None = None, json_output: b
     """Train as `config` says; the exit status. `resume` is a run folder to continue. Collective."""
     console = Console(world.rank, config.run.log_every)
     try:
-        return Trainer(world, config, console, resume).train(json_output)
+        with memory.explained(world.rank, lambda: str(prepare.needed(config, world.rank))):
+            return Trainer(world, config, console, resume).train(json_output)
     finally:
         console.close()
 
@@ -49,11 +53,14 @@ class Trainer:
         with all_ranks(self.comm):
             self.data, self.test = prepare.open_datasets(config)
             self.graph = prepare.build_graph(config, self.data)
+            self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
             self.plan = prepare.make_plan(config, self.graph)
             batches = Batches(self.data.samples, config.train.batch, config.train.seed)
+            need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
             backend = backends.get(config.train.backend)
             if config.data.verify:
                 self._verify_data()
+        self.usage = usage.Usage(world, need)
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed)
@@ -87,9 +94,15 @@ class Trainer:
                 return STOPPED
             records.append(self._finish_epoch() if self.at.position == self.feed.batches.steps else self._report("end"))
         self._save()
+        used = self.usage.ranks()
+        if self.world.rank == 0:
+            for rank in used:
+                self.metrics.write("memory", step=self.at.step, **asdict(rank))
+            self.metrics.flush()
+        self.console.note(usage.describe(used))
         self.console.note(f"run folder {self.folder}")
         if json_output and self.world.rank == 0:
-            print_json("train", records)
+            print_json("train", [*records[:-1], *(record | usage.largest(used) for record in records[-1:])])
         return 0
 
     def _train_epoch(self) -> bool:
@@ -103,7 +116,7 @@ class Trainer:
                 stop = self.step()
                 self.seconds = perf_counter() - begin
                 self.rate = (self.at.step - first) * batch / self.seconds
-                bar.advance(1, f"loss {self.at.totals.means(self._score)['loss']:.4f}  {self.rate:.0f} samples/s")
+                bar.advance(1, f"loss {self.at.totals.means(self.losses)['loss']:.4f}  {self.rate:.0f} samples/s")
                 if stop:
                     return True
                 if self.at.position < steps and self._due(self.config.checkpoint.every_steps, self.at.step):
@@ -117,13 +130,16 @@ class Trainer:
         skipping = self.config.train.nonfinite == "skip"
         running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
         error = self.feed.fill(epoch, position)
-        rows, weights = self.executor.forward(), self.feed.weights(epoch, position)
+        rows = self.executor.forward(Phase(training=True, step=self.at.step))
+        weights = self.feed.weights(epoch, position)
         suspects = self.feed.suspects(epoch, position, rows) if error is None else ([], [])
         verdict = self._agree(self.feed.sums(rows, weights), error, suspects)
         if verdict.finite:
-            gradient = np.zeros_like(rows)
-            gradient[:, LOSS] = weights / verdict.totals.weight
-            self.executor.backward(gradient)
+            shares = verdict.totals.shares(self.losses)
+            gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
+            for name, gradient in gradients.items():
+                gradient[:, LOSS] = weights[name] * shares[name]
+            self.executor.backward(gradients)
             self.optimizer.step(lr)
             self.at.totals.add(verdict.totals)
         else:
@@ -133,7 +149,7 @@ class Trainer:
         self.at.step += 1
         self.at.position += 1
         if self.world.rank == 0:
-            fields = verdict.totals.means(self._score) | {"lr": lr}
+            fields = verdict.totals.means(self.losses) | {"lr": lr}
             digest = runfolder.digest(self.feed.batches.ids(epoch, position)[0])
             self.metrics.write("step", step=self.at.step, epoch=epoch, **fields, samples=digest)
         return verdict.stop
@@ -144,7 +160,7 @@ class Trainer:
         suspects: tuple[list[int], list[int]] = ([], [])
         for step in range(feed.batches.steps):
             error = error or feed.fill(0, step)
-            rows = self.executor.forward(training=False)
+            rows = self.executor.forward(Phase(training=False))
             totals.add(feed.sums(rows, feed.weights(0, step)))
             if error is None:
                 for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
@@ -172,10 +188,10 @@ class Trainer:
     def _report(self, event: str) -> dict[str, Any]:
         """Evaluate where that is due, and record how training goes; the record."""
         spent = {phase: value - self.phases[phase] for phase, value in self._phases().items()}
-        record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | self.at.totals.means(self._score)
+        record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | self.at.totals.means(self.losses)
         last = event == "end" or self.at.epoch == self.config.train.epochs
         if self.tests is not None and (last or self._due(self.config.train.eval_every, self.at.epoch)):
-            record |= self.evaluate(self.tests).means(self._score, "test_")
+            record |= self.evaluate(self.tests).means(self.losses, "test_")
         record |= {"seconds": self.seconds, "samples_per_second": self.rate, **spent}
         if self.world.rank == 0:
             self.metrics.write(event, **record)
@@ -190,15 +206,21 @@ class Trainer:
 
         Gathered and added in rank order: some MPI libraries add in the order of arrival, other bits on every run.
         """
-        said = [mine.loss, mine.weight, mine.score, mine.samples]
-        said += [float(error is not None), float(any(suspects)), float(self.world.stop.received is not None)]
+        said = [value for name in self.losses for value in mine.sums.get(name, [0.0] * COLUMNS)]
+        said += [
+            mine.samples,
+            float(error is not None),
+            float(any(suspects)),
+            float(self.world.stop.received is not None),
+        ]
         every = np.empty((self.world.size, len(said)))
         self.comm.Allgather(np.array(said), every)
-        total = every.sum(axis=0)
-        failed, suspected, stop = total[4:]
+        *sums, samples, failed, suspected, stop = every.sum(axis=0).tolist()
         if failed:
             agree(self.comm, error)
-        return Verdict(Totals(*total[:4]), not suspected and bool(np.isfinite(total[0])), bool(stop))
+        totals = Totals({name: sums[i * COLUMNS :][:COLUMNS] for i, name in enumerate(self.losses)}, samples)
+        finite = not suspected and all(np.isfinite(found[LOSS]) for found in totals.sums.values())
+        return Verdict(totals, finite, bool(stop))
 
     def _not_finite(self, where: str, feed: Feed, suspects: tuple[list[int], list[int]]) -> None:
         """Name the samples behind what is not finite, and stop or go on as the config says. Collective."""
@@ -219,11 +241,6 @@ class Trainer:
         self._warn(f"{where}: not finite: {why}; skipped")
 
     # --- small things ----------------------------------------------------------------------------------------------
-
-    @property
-    def _score(self) -> str:
-        layer = self.graph.loss.layer
-        return layer.score if isinstance(layer, Loss) else "score"
 
     def _phases(self) -> dict[str, float]:
         """What this rank has spent so far: seconds by phase, and bytes sent in exchanges."""
@@ -269,6 +286,9 @@ class Trainer:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
         self.console.note(f"{self.world.size} ranks, {what}, {self.plan.allreduce} allreduce; {backend}")
+        self.console.note(self.usage.heading())
+        if short := self.usage.warning():
+            self.console.warn(short)
         if self.plan.ranks < self.world.size:
             self._warn(f"the plan uses {self.plan.ranks} of {self.world.size} ranks; the others idle")
         for line in self.plan.notes:

@@ -173,9 +173,18 @@ def _in_step(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for each suite that ran: its ranks and the closing line of its rank 0."""
+    """How many random cases of each kind ran; for each suite that ran its ranks and its rank 0's closing line."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
-    lines = [value for report in reports for name, value in report.user_properties if name == "suite"]
+    properties = [pair for report in reports for pair in report.user_properties]
+    found: dict[str, list[tuple[str, int]]] = {}
+    for what, kind, count in [value for name, value in properties if name == "cases"]:
+        found.setdefault(what, []).append((kind, count))
+    if found:
+        terminalreporter.section("random cases")
+    for what, counts in found.items():
+        kinds = "; ".join(f"{kind} {count}" for kind, count in counts)
+        terminalreporter.line(f"cases: {what}: {sum(count for _, count in counts)} ({kinds})")
+    lines = [value for name, value in properties if name == "suite"]
     if lines:
         terminalreporter.section("suites under mpirun")
     for line in sorted(set(lines)):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from networks import LAYERS, node
+from networks import LAYERS, MERGES, node, takes_labels
 
 from hpctrain.backends.reference import Reference
 from hpctrain.layers import (
-    MSE,
     Add,
     Layer,
+    Loss,
+    Phase,
     Place,
-    SoftmaxCrossEntropy,
 )
-from hpctrain.partition import Box, Partition, Shape, extent, overlap, whole, within
+from hpctrain.partition import Box, Partition, Shape, extent, volume, whole, within
 from hpctrain.planner.layout import Layout, layout
+from hpctrain.regions import Region
 
 ONE = Partition()
+TRAINING = Phase()
 FLOAT = np.dtype(np.float64)
 Arrays = dict[str, np.ndarray]
 
@@ -28,45 +31,70 @@ class Bound:
 
     def __init__(self, place: Layout, rank: int, weights: Arrays) -> None:
         shapes, self.fill = place.node.input_shapes, place.node.layer.fill
-        self.inputs = [want.box(rank) for want in place.inputs]
+        self.wants = [Wish(want, rank) for want in place.inputs]
+        self.inputs = [wish.box for wish in self.wants]
         self.output = (place.partial or place.output).box(rank)
         boxes = {name: dist.box(rank) for name, dist in place.weights.items()}
         held = {**place.weights, **place.state}
         self.w = {name: weights[name][dist.box(rank)].copy() for name, dist in held.items()}
         self.op = place.node.layer.bind(
-            Place(Reference(), FLOAT, shapes, tuple(self.inputs), place.work.box(rank), self.output, boxes, None)
+            Place(
+                "layer",
+                0,
+                Reference(),
+                FLOAT,
+                shapes,
+                tuple(self.inputs),
+                place.work.box(rank),
+                self.output,
+                boxes,
+                None,
+            )
         )
 
-    def forward(self, xs: list[np.ndarray], training: bool = True) -> np.ndarray:
+    def forward(self, xs: list[np.ndarray], phase: Phase = TRAINING) -> np.ndarray:
         """This rank's share of the output."""
-        return self.compute([cut(x, box, self.fill) for x, box in zip(xs, self.inputs, strict=True)], training)
+        return self.compute([cut(x, wish, self.fill) for x, wish in zip(xs, self.wants, strict=True)], phase)
 
-    def compute(self, blocks: list[np.ndarray], training: bool = True) -> np.ndarray:
+    def compute(self, blocks: list[np.ndarray], phase: Phase = TRAINING) -> np.ndarray:
         """The same from this rank's input boxes."""
         y = np.full(extent(self.output), np.nan)
-        self.op.forward(blocks, self.w, y, training)
+        self.floats = [block.dtype.kind == "f" for block in blocks]
+        self.op.forward(blocks, self.w, y, phase)
         return y
 
     def backward(self, dy: np.ndarray) -> tuple[list[np.ndarray], Arrays]:
-        """Gradients of this rank's input boxes and weights, after `forward`."""
+        """Gradients of this rank's input boxes (labels have none: NaN) and weights, after `forward`."""
         dxs = [np.full(extent(box), np.nan) for box in self.inputs]
         dws = {name: np.full_like(w, np.nan) for name, w in self.w.items()}
-        self.op.backward(dy, self.w, dxs, dws)
+        self.op.backward(dy, self.w, [dx if real else None for dx, real in zip(dxs, self.floats, strict=True)], dws)
         return dxs, dws
 
 
-def cut(x: np.ndarray, box: Box, fill: float) -> np.ndarray:
-    """What `box` holds of `x`, `fill` outside it."""
-    y = np.full(extent(box), fill, x.dtype)
-    if (inside := overlap(box, whole(x.shape))) is not None:
-        y[within(inside, box)] = x[inside]
+@dataclass(frozen=True)
+class Wish:
+    """What one rank wants of an input."""
+
+    region: Region
+    rank: int
+
+    @property
+    def box(self) -> Box:
+        return self.region.box(self.rank)
+
+
+def cut(x: np.ndarray, wish: Wish, fill: float) -> np.ndarray:
+    """What is wanted of `x`; beyond it what the region says of its borders, or `fill`."""
+    y = np.full(extent(wish.box), fill, x.dtype)
+    for share in wish.region.shares(wish.rank, whole(x.shape)):
+        y[within(share.target, wish.box)] = np.flip(x[share.source], np.flatnonzero(share.flipped))
     return y
 
 
-def paste(block: np.ndarray, box: Box, into: np.ndarray) -> None:
-    """Add the block that fills `box` to the whole array; what is outside is dropped."""
-    if (inside := overlap(box, whole(into.shape))) is not None:
-        into[inside] += block[within(inside, box)]
+def paste(block: np.ndarray, wish: Wish, into: np.ndarray) -> None:
+    """Add the block of what is wanted to the whole array that it came from: the adjoint of `cut`."""
+    for share in wish.region.shares(wish.rank, whole(into.shape)):
+        into[share.source] += np.flip(block[within(share.target, wish.box)], np.flatnonzero(share.flipped))
 
 
 def alone(layer: Layer, *shapes: Shape) -> Layout:
@@ -95,10 +123,24 @@ def case(name: str, rng: np.random.Generator) -> tuple[Layer, list[np.ndarray]]:
     """The layer of a case and float inputs for it, or labels where it takes some."""
     if name == "add":
         return Add(), [separated(rng, (3, 5, 4, 3)) for _ in range(3)]
+    if name in MERGES:
+        shapes, layer = MERGES[name]
+        return layer, [separated(rng, shape) for shape in shapes]
     shape, layer = LAYERS[name]
     xs = [separated(rng, shape)]
-    if isinstance(layer, SoftmaxCrossEntropy):
-        xs.append(rng.integers(0, shape[1], shape[0]))
-    if isinstance(layer, MSE):
-        xs.append(rng.normal(size=shape))
+    if isinstance(layer, Loss):
+        labels = takes_labels(layer)
+        xs.append(rng.integers(0, shape[-1], shape[:-1]) if labels else rng.normal(size=shape))
     return layer, xs
+
+
+def assembled(place: Layout, xs: list[np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What the ranks of a layer without weights make of their boxes, put together: output and input gradients."""
+    y, dxs = np.zeros(place.output.shape), [np.zeros(x.shape) for x in xs]
+    for rank in range(place.partition.size):
+        bound = Bound(place, rank, {})
+        if volume(bound.output) > 0:
+            y[bound.output] += bound.forward(xs)
+            for dx, block, wish in zip(dxs, bound.backward(dy[bound.output])[0], bound.wants, strict=True):
+                paste(block, wish, dx)
+    return y, dxs

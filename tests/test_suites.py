@@ -45,11 +45,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass(frozen=True)
 class Suite:
-    """How a suite ended: whether all is well, the closing line of rank 0, and what each rank wrote."""
+    """How a suite ended: whether all is well, rank 0's closing line, what ranks wrote, how many random cases ran."""
 
     good: bool
     closing: str
     output: str
+    cases: tuple[str, ...]
 
 
 def run_suite(ranks: int, target: Path, logs: Path, *options: str, timeout: float = TIMEOUT) -> Suite:
@@ -69,7 +70,8 @@ def run_suite(ranks: int, target: Path, logs: Path, *options: str, timeout: floa
     parts += [f"---- rank {rank} ----\n{PYTEST_FRAMES.sub('', text)[-8000:]}" for rank, text in enumerate(texts)]
     parts += [f"---- mpirun ----\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"]
     good = ended.status == 0 and len(texts) == ranks and len(closing) == 1
-    return Suite(good, closing[0].strip("= ") if good else how, "\n".join(parts))
+    cases = tuple(re.findall(r"^cases: (.*)$", texts[0], re.M)) if texts else ()
+    return Suite(good, closing[0].strip("= ") if good else how, "\n".join(parts), cases)
 
 
 def test_suite(
@@ -78,7 +80,8 @@ def test_suite(
     slow = ["--slow"] if request.config.option.slow else []
     seed = f"--seed={request.config.option.seed}"
     suite = run_suite(ranks, TESTS / "mpi", tmp_path, seed, *slow)
-    record_property("suite", f"{ranks} rank{'s' * (ranks > 1)}: {suite.closing}")
+    for line in (suite.closing, *suite.cases):
+        record_property("suite", f"{ranks} rank{'s' * (ranks > 1)}: {line}")
     if not suite.good:
         pytest.fail(suite.output, pytrace=False)
 

@@ -9,17 +9,8 @@ from typing import Any
 import numpy as np
 from networks import random_partition
 
-from hpctrain.partition import (
-    Box,
-    Cut,
-    Distribution,
-    Interval,
-    Partition,
-    Region,
-    Shape,
-    Wanted,
-    extent,
-)
+from hpctrain.partition import Box, Interval, Partition, Shape, extent
+from hpctrain.regions import Cut, Distribution, Region, Wanted, folded
 
 # --- random boxes -------------------------------------------------------------------------------------------------
 
@@ -31,15 +22,18 @@ class Transfer:
     shape: Shape
     have: Region
     want: Region
+    borders: tuple[str, ...] = ()
+    """What stands beyond the array along each dim; none named: the fill value."""
 
 
 def random_transfer(rng: np.random.Generator, ranks: int) -> Transfer:
     """Owned boxes that cover the array, evenly cut or not; wanted boxes of any kind."""
     shape = tuple(rng.integers(1, 10, rng.integers(1, 5)).tolist())
     kind = rng.integers(4)
-    want = distribution(rng, shape, ranks) if kind == 0 else wishes(rng, shape, ranks)
+    borders = tuple(("fill", "wrap", "reflect")[i] for i in rng.integers(0, 3, len(shape)) * (rng.random() < 0.7))
+    want = distribution(rng, shape, ranks) if kind == 0 else wishes(rng, shape, ranks, borders)
     have = uneven(rng, shape, ranks) if kind == 1 else distribution(rng, shape, ranks)
-    return Transfer(shape, have, want)
+    return Transfer(shape, have, want, borders)
 
 
 def deal_axes(rng: np.random.Generator, partition: Partition, dims: int) -> list[tuple[str, ...]]:
@@ -66,17 +60,19 @@ def uneven(rng: np.random.Generator, shape: Shape, ranks: int) -> Wanted:
     return Wanted(partition, tuple(cuts))
 
 
-def wishes(rng: np.random.Generator, shape: Shape, ranks: int) -> Wanted:
+def wishes(rng: np.random.Generator, shape: Shape, ranks: int, borders: tuple[str, ...] = ()) -> Wanted:
     """Boxes that overlap, reach past neighbours, leave the array, are empty, or are the same on several ranks."""
     partition = random_partition(rng, ranks)
     dealt = deal_axes(rng, partition, len(shape) + 1)  # the last: axes along which ranks want the same
-    cuts = [
-        Cut(axes, tuple(wish(rng, n) for _ in range(parts(partition, axes))))
-        for n, axes in zip(shape, dealt, strict=False)
-    ]
+    cuts = []
+    for n, axes, border in zip(shape, dealt, borders or ("fill",) * len(shape), strict=False):
+        intervals = tuple(wish(rng, n) for _ in range(parts(partition, axes)))
+        pieces = () if border == "fill" else tuple(folded(start, stop, n, border) for start, stop in intervals)
+        cuts.append(Cut(axes, intervals, pieces))
     masks: tuple[Cut, ...] = ()
-    if dealt[-1] and rng.random() < 0.5:
-        masks = (Cut(dealt[-1], tuple((0, int(rng.integers(2))) for _ in range(parts(partition, dealt[-1])))),)
+    if rng.random() < 0.5:  # of any axes: of those that cut a dim, of some of them, of others
+        some = [axis for axis in rng.permutation(list(partition.parts())).tolist() if rng.random() < 0.6]
+        masks = (Cut(tuple(some), tuple((0, int(rng.random() < 0.7)) for _ in range(parts(partition, tuple(some))))),)
     return Wanted(partition, tuple(cuts), masks)
 
 
@@ -101,29 +97,42 @@ def indices(box: Box) -> np.ndarray:
     )
 
 
+def sources(transfer: Transfer, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """For every element that `rank` wants its place in the array (elements, dims), and whether there is one."""
+    at = indices(transfer.want.box(rank))
+    for d, (n, border) in enumerate(zip(transfer.shape, transfer.borders, strict=False)):
+        if border == "wrap":
+            at[:, d] %= n
+        if border == "reflect" and n == 1:
+            at[:, d] = 0
+        while border == "reflect" and n > 1 and ((at[:, d] < 0) | (at[:, d] >= n)).any():
+            at[:, d] = np.abs(at[:, d])
+            at[:, d] = np.where(at[:, d] >= n, 2 * (n - 1) - at[:, d], at[:, d])
+    return at, ((at >= 0) & (at < transfer.shape)).all(axis=1)
+
+
 def forward(transfer: Transfer, array: np.ndarray, rank: int, fill: float) -> np.ndarray:
     """What `rank` gets of the global `array`: element by element."""
-    box = transfer.want.box(rank)
-    y = np.full(extent(box), fill, array.dtype)
-    for at in indices(box):
-        if all(0 <= i < n for i, n in zip(at, transfer.shape, strict=True)):
-            y[tuple(i - s.start for i, s in zip(at, box, strict=True))] = array[tuple(at)]
-    return y
+    at, inside = sources(transfer, rank)
+    y = np.full(len(at), fill, array.dtype)
+    y[inside] = array[tuple(at[inside].T)]
+    return y.reshape(extent(transfer.want.box(rank)))
 
 
 def backward(transfer: Transfer, gradients: list[np.ndarray]) -> np.ndarray:
     """The global sum of what every rank sends back."""
     total = np.zeros(transfer.shape)
     for rank, gradient in enumerate(gradients):
-        at = indices(transfer.want.box(rank))
-        inside = ((at >= 0) & (at < transfer.shape)).all(axis=1)
+        at, inside = sources(transfer, rank)
         np.add.at(total, tuple(at[inside].T), gradient.reshape(-1)[inside])
     return total
 
 
-def common(a: Box, b: Box) -> int:
-    """Elements in both boxes."""
-    return len({tuple(i) for i in indices(a).tolist()} & {tuple(i) for i in indices(b).tolist()})
+def common(transfer: Transfer, owner: int, user: int) -> int:
+    """How many of the elements that `user` wants `owner` has; one that is wanted twice counts twice."""
+    at, inside = sources(transfer, user)
+    own = {tuple(i) for i in indices(transfer.have.box(owner)).tolist()}
+    return sum(tuple(i) in own for i in at[inside].tolist())
 
 
 def whole_numbers(rng: np.random.Generator, shape: Shape) -> np.ndarray:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpctrain.layers import Conv
-from hpctrain.partition import Box, Partition, extent, wanted
+from hpctrain.partition import Box, Partition, extent
+from hpctrain.regions import wanted
 
 SHAPE = (2, 12, 16, 1)
 CONV = Conv(filters=4, kernel=5, padding=2)

@@ -15,15 +15,22 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpctrain.partition import Region, contains, extent, overlap, within
+from hpctrain.partition import Box, contains, extent, volume, within
+from hpctrain.regions import Region, Share, owners
+
+Copy = tuple[np.ndarray, np.ndarray]
+"""(to, from): two views of one shape."""
 
 
 class Message(NamedTuple):
-    """What travels between this rank and `peer`; `view` is its place in the block, None if that is the buffer."""
+    """What travels between this rank and `peer`: `parts` are (view of the block, its place in `buffer`).
+
+    It has none where the buffer is itself the view.
+    """
 
     peer: int
     buffer: np.ndarray
-    view: np.ndarray | None
+    parts: list[Copy]
 
 
 class Way:
@@ -34,18 +41,18 @@ class Way:
         comm: MPI.Intracomm,
         src: np.ndarray,
         dst: np.ndarray,
-        own: tuple[np.ndarray, np.ndarray] | None,
-        sends: Sequence[tuple[int, np.ndarray]],
-        recvs: Sequence[tuple[int, np.ndarray]],
+        own: Sequence[Copy],
+        sends: Sequence[tuple[int, list[np.ndarray]]],
+        recvs: Sequence[tuple[int, list[np.ndarray]]],
         add: bool,
         tag: int,
     ) -> None:
-        """`own` is (to, from) of the part that stays on this rank, None where `dst` shares memory with `src`."""
+        """`own` are the parts that stay on this rank and do not lie in memory that `dst` shares with `src`."""
         self.src, self.dst = src, dst
         self._own, self._add = own, add
         self._clear = add and not np.shares_memory(src, dst)
-        self._out = [_message(peer, view, direct=True) for peer, view in sends]
-        self._in = [_message(peer, view, direct=not add) for peer, view in recvs]
+        self._out = [_message(peer, views, direct=True) for peer, views in sends]
+        self._in = [_message(peer, views, direct=not add) for peer, views in recvs]
         self._requests: list[MPI.Prequest] = [comm.Recv_init(m.buffer, m.peer, tag) for m in self._in]
         self._requests += [comm.Send_init(m.buffer, m.peer, tag) for m in self._out]
         self.bytes_per_transfer = sum(m.buffer.nbytes for m in self._out)
@@ -60,8 +67,8 @@ class Way:
     def start(self) -> None:
         """Begin the transfer; `src` must not be written until `finish`."""
         for message in self._out:
-            if message.view is not None:
-                np.copyto(message.buffer, message.view)
+            for view, place in message.parts:
+                np.copyto(place, view)
         self.bytes_sent += self.bytes_per_transfer
         MPI.Prequest.Startall(self._requests)
 
@@ -69,17 +76,19 @@ class Way:
         """Complete the transfer and return `dst`. Additions: the own part first, then by rank, always the same."""
         if self._clear:
             self.dst.fill(0)
-        if self._own is not None:
-            np.copyto(*self._own)
+        for to, source in self._own:
+            self._take(to, source)
         MPI.Request.Waitall(self._requests)
         for message in self._in:
-            if message.view is None:
-                continue
-            if self._add:
-                np.add(message.view, message.buffer, out=message.view)
-            else:
-                np.copyto(message.view, message.buffer)
+            for view, place in message.parts:
+                self._take(view, place)
         return self.dst
+
+    def _take(self, to: np.ndarray, source: np.ndarray) -> None:
+        if self._add:
+            np.add(to, source, out=to)
+        else:
+            np.copyto(to, source)
 
     def run(self) -> np.ndarray:
         """`start` and `finish` with nothing between."""
@@ -96,9 +105,9 @@ class Way:
 class Exchange:
     """Rank r owns `have.box(r)` of a global array (disjoint boxes) and wants `want.box(r)`.
 
-    Wanted boxes may overlap (halo) and leave the array: there `fill` stands. `fwd` copies from owners to wanters; `bwd`
-    is its adjoint: what several ranks hold of an owner's box is added up, and gradients of fill are dropped.
-    Collective over `comm`; `tag` and `tag + 1` must be this edge's own.
+    Wanted boxes may overlap (halo) and leave the array: there `fill` stands, or what the region says of its borders.
+    `fwd` copies from owners to wanters; `bwd` is its adjoint: what several ranks hold of an owner's box is added up,
+    and gradients of fill are dropped. Collective over `comm`; `tag` and `tag + 1` must be this edge's own.
     """
 
     def __init__(
@@ -111,11 +120,11 @@ class Exchange:
         tag: int = 0,
         backward: bool = True,
     ) -> None:
-        mine, wish = have.box(comm.rank), want.box(comm.rank)
-        inplace = np.prod(extent(mine)) > 0 and contains(wish, mine)
-        own = None if inplace else overlap(mine, wish)
-        outgoing = [(r, box) for r, box in want.overlaps(mine) if r != comm.rank]
-        incoming = [(r, box) for r, box in have.overlaps(wish) if r != comm.rank]
+        mine, wish, me = have.box(comm.rank), want.box(comm.rank), comm.rank
+        inplace = volume(mine) > 0 and contains(wish, mine)
+        own = [share for share in want.shares(me, mine) if share.moved or not inplace]
+        outgoing = [(r, want.shares(r, mine)) for r in want.meeting(mine) if r != me]
+        incoming = [(r, want.shares(me, have.box(r))) for r in owners(have, want, me) if r != me]
 
         y = np.full(extent(wish), fill, dtype)
         x = y[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
@@ -123,9 +132,9 @@ class Exchange:
             comm,
             x,
             y,
-            (y[within(own, wish)], x[within(own, mine)]) if own else None,
-            [(r, x[within(box, mine)]) for r, box in outgoing],
-            [(r, y[within(box, wish)]) for r, box in incoming],
+            [(_target(y, share, wish), _source(x, share, mine)) for share in own],
+            [(r, [_source(x, share, mine) for share in shares]) for r, shares in outgoing],
+            [(r, [_target(y, share, wish) for share in shares]) for r, shares in incoming],
             add=False,
             tag=tag,
         )
@@ -138,9 +147,9 @@ class Exchange:
             comm,
             dy,
             dx,
-            (dx[within(own, mine)], dy[within(own, wish)]) if own else None,
-            [(r, dy[within(box, wish)]) for r, box in incoming],
-            [(r, dx[within(box, mine)]) for r, box in outgoing],
+            [(_source(dx, share, mine), _target(dy, share, wish)) for share in own],
+            [(r, [_target(dy, share, wish) for share in shares]) for r, shares in incoming],
+            [(r, [_source(dx, share, mine) for share in shares]) for r, shares in outgoing],
             add=True,
             tag=tag + 1,
         )
@@ -156,8 +165,24 @@ class Exchange:
             way.free()
 
 
-def _message(peer: int, view: np.ndarray, direct: bool) -> Message:
-    """A message that fills `view`; a contiguous view can be its own buffer where nothing is added."""
-    if direct and view.flags.c_contiguous:
-        return Message(peer, view, None)
-    return Message(peer, np.empty(view.shape, view.dtype), view)
+def _source(block: np.ndarray, share: Share, box: Box) -> np.ndarray:
+    """`share` in the block that owns it, in the order in which it is wanted."""
+    view = block[within(share.source, box)]
+    return view[tuple(slice(None, None, -1 if flipped else 1) for flipped in share.flipped)]
+
+
+def _target(block: np.ndarray, share: Share, box: Box) -> np.ndarray:
+    """`share` in the block that wants it."""
+    return block[within(share.target, box)]
+
+
+def _message(peer: int, views: list[np.ndarray], direct: bool) -> Message:
+    """A message that fills `views`; a single contiguous one can be its own buffer where nothing is added."""
+    if direct and len(views) == 1 and views[0].flags.c_contiguous:
+        return Message(peer, views[0], [])
+    buffer = np.empty(sum(view.size for view in views), views[0].dtype)
+    parts, at = [], 0
+    for view in views:
+        parts.append((view, buffer[at : at + view.size].reshape(view.shape)))
+        at += view.size
+    return Message(peer, buffer, parts)

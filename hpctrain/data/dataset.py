@@ -84,11 +84,12 @@ class Dataset:
         return out
 
     def nonfinite(self, ids: np.ndarray, box: Box) -> list[int]:
-        """Those of `ids` whose y, or x within `box`, holds NaN or infinity."""
+        """Those of `ids` whose x within `box`, or whose y where it holds values, holds NaN or infinity."""
         found = []
+        parts = [("x", box)] if self.classes is not None else [("x", box), ("y", whole(self.y_shape))]
         for sample in np.asarray(ids).tolist():
             one = np.array([sample])
-            for field, part in (("x", box), ("y", whole(self.y_shape))):
+            for field, part in parts:
                 if not np.isfinite(self._staged(field, one, part, np.empty((1, *extent(part))))).all():
                     found.append(sample)
                     break

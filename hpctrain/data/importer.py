@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import le
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from hpctrain.data.index import DTYPES, Index, Layout, Target, extents, read_index
 from hpctrain.data.writer import PIECE_BYTES, SHARD_BYTES, Chunk, write_shards
 from hpctrain.errors import DataError
+from hpctrain.partition import Shape
 
 Channels = Literal["last", "first", "none"]
 
@@ -31,7 +33,8 @@ def import_arrays(
     """Writes a data set from x and y in .npy files (memory-mapped), or in one .npz with keys x and y (`y_path` None).
 
     x is (N, H, W, C) or (N, D, H, W, C) with `channels` "last"; "first" has C after N; "none" has no C and gets one
-    channel. Integer y are labels, (N,) or one for each point of x, of `classes` classes (None: the largest + 1).
+    channel. Integer y are labels, (N,) or one for each point of x, or of its middle, of `classes` classes (None: the
+    largest + 1).
     Float y are values, (N,) or (N, K), which `names` may name. `like` is the folder of the training data when this is
     other data: its mean, std and classes are taken. Sample ids count from 0. Raises DataError naming the file, and
     the sample where one is not finite or its label out of range.
@@ -45,8 +48,11 @@ def import_arrays(
         raise DataError(f"{x_path}: x is {x.shape}, and {y_source}: y is {y.shape}; give one y for every x")
     x = _channels_last(x, channels, x_path)
     labels = y.dtype.kind != "f"
-    if labels and y.shape[1:] not in ((), x.shape[1:-1]):
-        raise DataError(f"{y_source}: labels are {y.shape}; give (N,) or one label for each point of x {x.shape[:-1]}")
+    if labels and not _labels_fit(y.shape[1:], x.shape[1:-1]):
+        raise DataError(
+            f"{y_source}: labels are {y.shape}; give (N,) or one label for each point of x {x.shape[:-1]}, or of its "
+            "middle where the network predicts no more"
+        )
     if not labels and y.ndim == 1:
         y = y[:, None]
     statistics = None
@@ -60,6 +66,11 @@ def import_arrays(
     layout = Layout(x.shape[1:], x.dtype.name, y.shape[1:], y.dtype.name, classes, targets)
     chunks = _chunks(x, y, layout)
     return write_shards(out_folder, chunks, layout, len(x), shard_bytes=shard_bytes, statistics=statistics)
+
+
+def _labels_fit(labels: Shape, positions: Shape) -> bool:
+    """Whether there is one label, or a label for each position, or for those in the middle."""
+    return labels == () or (len(labels) == len(positions) and all(map(le, labels, positions)))
 
 
 def _channels_last(x: np.ndarray, channels: Channels, path: Path) -> np.ndarray:

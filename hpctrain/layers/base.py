@@ -16,7 +16,8 @@ import numpy as np
 
 from hpctrain.backends.base import Array, Backend
 from hpctrain.errors import PlanError
-from hpctrain.partition import Along, AxisNames, Box, Distribution, Interval, Partition, Shape
+from hpctrain.partition import AxisNames, Box, Partition, Shape
+from hpctrain.regions import Along, Distribution
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -45,8 +46,6 @@ class Layer:
     """How many inputs it takes."""
     fill: ClassVar[float] = 0.0
     """What stands where a needed box leaves the input."""
-    reduce_axes: ClassVar[tuple[str, ...]] = ()
-    """Axes over which the op itself communicates small vectors (statistics)."""
 
     def output_shape(self, *x: Shape) -> Shape:
         """Global output shape for these global input shapes. Raises PlanError where they do not fit."""
@@ -64,6 +63,10 @@ class Layer:
         """The axes that cut each dim of the output among its owners."""
         return self.work_axes(*x)
 
+    def labels(self, *x: Shape) -> tuple[bool, ...]:
+        """Per input, whether it is of whole numbers: labels, which have no gradient."""
+        return tuple(False for _ in x)
+
     def needs(self, *x: Shape) -> tuple[Dims, ...]:
         """Per input, how each of its dims follows from a dim of the work; None needs the whole dim."""
         return tuple(tuple(Along(d) for d in range(len(shape))) for shape in x)
@@ -80,9 +83,19 @@ class Layer:
         """Running statistics by name: saved, not trained."""
         return {}
 
+    def reduce_axes(self, *x: Shape) -> tuple[str, ...]:
+        """Axes over which the op itself communicates small vectors (statistics)."""
+        return ()
+
     def flops(self, *x: Shape) -> int:
         """Floating-point operations of one forward pass over the whole work; a backward pass costs about twice that."""
         return prod(self.work_shape(*x))
+
+    def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
+        """Bytes of the arrays that an op keeps for its gradient besides its inputs and output, which are blocks of
+        extents `x` and `output` (masks, indices); `itemsize` is that of its floats.
+        """
+        return 0
 
     def bind(self, place: Place) -> Op:
         """The op that does this rank's share."""
@@ -100,9 +113,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an op runs: this rank's global boxes, the backend, and the communicator of the layer's `reduce_axes`."""
+class Phase:
+    """What a pass is for: whether it trains (batch statistics, dropout), and the number of the step, from 0."""
 
+    training: bool = True
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an op runs: its layer's name, this rank's global boxes, the backend, the run's seed, and the communicator
+    of the layer's `reduce_axes` (None where these are not cut).
+    """
+
+    name: str
+    seed: int
     backend: Backend
     dtype: np.dtype
     shapes: tuple[Shape, ...]
@@ -116,7 +141,7 @@ class Place:
 class Op(Protocol):
     """A layer bound to a rank. Arrays are this rank's blocks; the executor has fetched what `needs` asks for."""
 
-    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, training: bool) -> None:
+    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         """Fill `y` with this rank's share of the output (a partial sum where summed dims are cut)."""
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
@@ -142,54 +167,3 @@ def each(value: int | tuple[int, ...], dims: int, what: str) -> tuple[int, ...]:
     if len(value) != dims:
         raise PlanError(f"{what} = {value} has {len(value)} numbers, but the input has {dims} position dims")
     return tuple(value)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The input interval under a sliding window for an interval of its output."""
-
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int = 1
-
-    def __call__(self, start: int, stop: int) -> Interval:
-        first = start * self.stride - self.padding
-        return first, (stop - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1) + 1
-
-    def output(self, n: int) -> int:
-        """Output extent for an input extent of `n`."""
-        return (n + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-
-def windows(
-    shape: Shape,
-    kernel: int | tuple[int, ...],
-    stride: int | tuple[int, ...],
-    padding: int | tuple[int, ...],
-    dilation: int | tuple[int, ...] = 1,
-) -> tuple[Window, ...]:
-    """One Window per position dim of a channels-last `shape`. Raises PlanError where the window does not fit."""
-    dims = len(shape) - 2
-    if dims < 1:
-        raise PlanError(f"a sliding window needs positions, but {shape} has none; give (N, W, C), (N, H, W, C) or more")
-    found = tuple(
-        Window(*numbers)
-        for numbers in zip(
-            each(kernel, dims, "kernel"),
-            each(stride, dims, "stride"),
-            each(padding, dims, "padding"),
-            each(dilation, dims, "dilation"),
-            strict=True,
-        )
-    )
-    for axis, n, window in zip(spatial_axes(len(shape)), shape[1:-1], found, strict=True):
-        if min(window.kernel, window.stride, window.dilation) < 1 or window.padding < 0:
-            raise PlanError(f"{window}: kernel, stride and dilation are at least 1, padding at least 0")
-        if window.output(n) < 1:
-            reach = window.dilation * (window.kernel - 1) + 1
-            raise PlanError(
-                f"{axis}: a window of {reach} does not fit an input of {n} with padding {window.padding}; "
-                f"pad by at least {-(-(reach - n) // 2)} or use a larger input"
-            )
-    return found

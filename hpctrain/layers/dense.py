@@ -1,4 +1,4 @@
-"""Fully connected layer, and the reshape in front of it."""
+"""Fully connected layer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
-import numpy as np
-
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
-from hpctrain.layers.base import Dims, Layer, Place, Weight, spatial_axes
+from hpctrain.layers.base import Dims, Layer, Phase, Place, Weight
 from hpctrain.layers.conv import own_part
-from hpctrain.partition import Along, AxisNames, Interval, Shape, extent
+from hpctrain.partition import AxisNames, Shape
+from hpctrain.regions import Along
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class DenseOp:
         self.backend = place.backend
         self.own_bias = own_part(place)
 
-    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, training: bool) -> None:
+    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x = x[0]
         self.backend.gemm(self.x, w["weight"], y)
         if self.own_bias is not None:
@@ -81,56 +80,3 @@ class DenseOp:
             self.backend.bias_grad(dy[:, self.own_bias], dw["bias"])
         if dx[0] is not None:
             self.backend.gemm(dy, w["weight"], dx[0], transpose_b=True)
-
-
-@dataclass(frozen=True)
-class Flatten(Layer):
-    """(N, [D,] H, W, C) to (N, D*H*W*C), in C order; the one output dim is cut along all that cut the input's dims."""
-
-    def output_shape(self, *x: Shape) -> Shape:
-        return (x[0][0], prod(x[0][1:]))
-
-    def work_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
-        return ("batch", (*spatial_axes(len(x[0])), "channel"))
-
-    def needs(self, *x: Shape) -> tuple[Dims, ...]:
-        dims = x[0][1:]
-        return ((Along(0), *(Along(1, FlatRun(dims, d)) for d in range(len(dims)))),)
-
-    def bind(self, place: Place) -> FlattenOp:
-        return FlattenOp(place)
-
-
-@dataclass(frozen=True)
-class FlatRun:
-    """The interval along `dim` of the smallest box of a tensor of `shape` that holds flat indices [start, stop)."""
-
-    shape: Shape
-    dim: int
-
-    def __call__(self, start: int, stop: int) -> Interval:
-        n, inner = self.shape[self.dim], prod(self.shape[self.dim + 1 :])
-        first, last = start // inner, (stop - 1) // inner
-        if first // n != last // n:  # the run passes from one row of this dim to the next: all of it is needed
-            return 0, n
-        return first % n, last % n + 1
-
-
-class FlattenOp:
-    """Copies the run of flat indices out of the box that holds it."""
-
-    def __init__(self, place: Place) -> None:
-        box, shape = place.inputs[0], place.shapes[0]
-        corner = np.ravel_multi_index([s.start for s in box[1:]], shape[1:]) if prod(extent(box)) else 0
-        # within the box the run is contiguous: every dim after the first that is cut is taken whole
-        start = place.work[1].start - int(corner)
-        self.run = slice(start, start + place.work[1].stop - place.work[1].start)
-
-    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, training: bool) -> None:
-        np.copyto(y, x[0].reshape(len(x[0]), -1)[:, self.run])
-
-    def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
-        if dx[0] is not None:
-            flat = np.zeros((len(dy), prod(dx[0].shape[1:])), dx[0].dtype)
-            flat[:, self.run] = dy
-            np.copyto(dx[0], flat.reshape(dx[0].shape))

@@ -1,47 +1,51 @@
-"""Batch normalization whose statistics are of the whole batch, however batch and positions are cut."""
+"""Batch and layer normalization: the statistics are those of the whole tensor, however it is cut."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import numpy as np
 
 from hpctrain.backends.base import Array
-from hpctrain.layers.base import SPATIAL, Layer, Place, Weight
-from hpctrain.partition import Shape
+from hpctrain.errors import PlanError
+from hpctrain.layers.base import Layer, Phase, Place, Weight, spatial_axes, tensor_axes
+from hpctrain.layers.statistics import COUNT, M2, MEAN, gather, merge_moments
+from hpctrain.partition import Box, Shape, extent, names, split, volume
 
 
 @dataclass(frozen=True)
 class BatchNorm(Layer):
     """y = (x - mean) / sqrt(var + eps) * gamma + beta per channel (Ioffe & Szegedy 2015).
 
-    Training uses the mean and variance over all samples and positions of the global batch, and moves the running ones
-    towards them by `momentum` (the running variance is the unbiased one); evaluation uses the running ones.
+    Training uses the mean and variance over all samples and positions of the global batch; with `groups`, those of the
+    sample's group: that many balanced ranges of the global batch, the first ones a sample longer. Training also moves
+    the running statistics, of all groups together, towards the batch's by `momentum` (the running variance is the
+    unbiased one); evaluation uses the running ones.
     """
 
     eps: float = 1e-5
     momentum: float = 0.1
-    reduce_axes: ClassVar[tuple[str, ...]] = ("batch", *SPATIAL)
+    groups: int = 1
 
     def output_shape(self, *x: Shape) -> Shape:
+        if not 1 <= self.groups <= x[0][0]:
+            raise PlanError(f"groups = {self.groups} of {x[0][0]} samples; give 1 to {x[0][0]}")
         return x[0]
 
     def weights(self, *x: Shape) -> dict[str, Weight]:
-        channels = (x[0][-1],)
-        return {
-            "gamma": Weight(channels, ("channel",), ("constant", 1.0)),
-            "beta": Weight(channels, ("channel",), ("constant", 0.0)),
-        }
+        return scale_and_offset(x[0][-1:], ("channel",))
 
     def state(self, *x: Shape) -> dict[str, Weight]:
-        channels = (x[0][-1],)
+        channels = x[0][-1:]
         return {
             "running_mean": Weight(channels, ("channel",), ("constant", 0.0)),
             "running_var": Weight(channels, ("channel",), ("constant", 1.0)),
         }
+
+    def reduce_axes(self, *x: Shape) -> tuple[str, ...]:
+        return ("batch", *spatial_axes(len(x[0])))
 
     def flops(self, *x: Shape) -> int:
         return 8 * prod(x[0])
@@ -55,53 +59,136 @@ class BatchNormOp:
 
     def __init__(self, layer: BatchNorm, place: Place) -> None:
         self.layer, self.backend, self.comm = layer, place.backend, place.comm
-        self.mean, self.rstd = np.zeros((2, place.output[-1].stop - place.output[-1].start))
+        self.parts = _groups(layer.groups, place.shapes[0][0], place.output)
+        self.shape = (layer.groups, *extent(place.output[-1:]))
+        self.mean, self.rstd = np.zeros((2, *self.shape))
 
-    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, training: bool) -> None:
+    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x = x[0]
-        if training:
-            self.mean, var = self._statistics(self.x, w)
+        if phase.training:
+            self.mean, var = self._statistics(w)
         else:
-            self.mean, var = w["running_mean"].astype(np.float64), w["running_var"].astype(np.float64)
+            self.mean, var = (
+                np.broadcast_to(w[name].astype(np.float64), self.shape) for name in ("running_mean", "running_var")
+            )
         self.rstd = 1.0 / np.sqrt(var + self.layer.eps)
-        self.backend.normalize(self.x, self.mean, self.rstd, w["gamma"], w["beta"], y)
+        for group, rows in self.parts:
+            mean, rstd = self.mean[group], self.rstd[group]
+            self.backend.normalize(self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows])
 
-    def _statistics(self, x: Array, w: Mapping[str, Array]) -> tuple[Array, Array]:
-        mean, m2 = np.zeros((2, x.shape[-1]))
-        self.backend.moments(x, mean, m2)
-        self.count, mean, m2 = merge_moments(self._gather(np.concatenate([[prod(x.shape[:-1])], mean, m2])))
-        keep, unbiased = 1.0 - self.layer.momentum, max(1.0, self.count - 1.0)
-        w["running_mean"][...] = keep * w["running_mean"] + self.layer.momentum * mean
-        w["running_var"][...] = keep * w["running_var"] + self.layer.momentum * m2 / unbiased
+    def _statistics(self, w: Mapping[str, Array]) -> tuple[Array, Array]:
+        mine = np.zeros((3, *self.shape))
+        for group, rows in self.parts:
+            mine[COUNT, group] = prod(self.x[rows].shape[:-1])
+            self.backend.moments(self.x[rows], mine[MEAN, group], mine[M2, group])
+        merged = merge_moments(gather(self.comm, mine))
+        self.count, mean, m2 = merged
+        count, batch_mean, batch_m2 = merge_moments(merged.swapaxes(0, 1))
+        step = self.layer.momentum
+        w["running_mean"][...] = (1.0 - step) * w["running_mean"] + step * batch_mean
+        w["running_var"][...] = (1.0 - step) * w["running_var"] + step * batch_m2 / np.maximum(1.0, count - 1.0)
         return mean, m2 / self.count
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
-        sums = np.zeros((2, dy.shape[-1]))
-        self.backend.normalize_grad(dy, self.x, self.mean, self.rstd, sums[0], sums[1])
+        sums = np.zeros((2, *self.shape))
+        for group, rows in self.parts:
+            mean, rstd = self.mean[group], self.rstd[group]
+            self.backend.normalize_grad(dy[rows], self.x[rows], mean, rstd, sums[0, group], sums[1, group])
         # this rank's own sums: the executor adds gradients over ranks
-        dw["beta"][...], dw["gamma"][...] = sums
-        if dx[0] is not None:
-            mean_dy, mean_dy_xhat = self._gather(sums).sum(axis=0) / self.count
-            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, w["gamma"], mean_dy, mean_dy_xhat, dx[0])
+        dw["beta"][...], dw["gamma"][...] = sums.sum(axis=1)
+        if (into := dx[0]) is None:
+            return
+        means = w["gamma"] * gather(self.comm, sums).sum(axis=0) / self.count
+        for group, rows in self.parts:
+            self.backend.normalize_dx(
+                dy[rows],
+                self.x[rows],
+                self.mean[group],
+                self.rstd[group],
+                w["gamma"],
+                means[0, group],
+                means[1, group],
+                into[rows],
+            )
 
-    def _gather(self, mine: Array) -> Array:
-        """`mine` of every rank that shares these channels, by rank."""
-        if self.comm is None:
-            return mine[None]
-        every = np.empty((self.comm.size, *mine.shape))
-        self.comm.Allgather(mine, every)
-        return every
+
+def _groups(groups: int, samples: int, box: Box) -> list[tuple[int, slice]]:
+    """The groups of samples that `box` holds something of, and which of its rows are theirs."""
+    found = []
+    for group in range(groups) if volume(box) else ():
+        start, stop = split(samples, groups, group)
+        rows = slice(max(start, box[0].start) - box[0].start, min(stop, box[0].stop) - box[0].start)
+        if rows.start < rows.stop:
+            found.append((group, rows))
+    return found
 
 
-def merge_moments(parts: Array) -> tuple[float, Array, Array]:
-    """(count, mean, m2) of a union from rows [count, *mean, *m2] of its parts, by the formula of Chan et al. 1983."""
-    channels = (parts.shape[1] - 1) // 2
-    count, mean, m2 = 0.0, np.zeros(channels), np.zeros(channels)
-    for n, part_mean, part_m2 in ((row[0], row[1 : channels + 1], row[channels + 1 :]) for row in parts):
-        if n == 0:
-            continue
-        total, delta = count + n, part_mean - mean
-        mean = mean + delta * (n / total)
-        m2 = m2 + part_m2 + np.square(delta) * (count * n / total)
-        count = total
-    return count, mean, m2
+@dataclass(frozen=True)
+class LayerNorm(Layer):
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta with statistics over the last `dims` dims (Ba et al. 2016).
+
+    gamma and beta have the shape of these dims, and are cut as they are.
+    """
+
+    dims: int = 1
+    eps: float = 1e-5
+
+    def output_shape(self, *x: Shape) -> Shape:
+        if not 1 <= self.dims < len(x[0]):
+            raise PlanError(f"layer norm: dims = {self.dims} of {x[0]}; give 1 to {len(x[0]) - 1}")
+        return x[0]
+
+    def weights(self, *x: Shape) -> dict[str, Weight]:
+        return scale_and_offset(x[0][-self.dims :], tensor_axes(len(x[0]))[-self.dims :])
+
+    def reduce_axes(self, *x: Shape) -> tuple[str, ...]:
+        return tuple(axis for axes in tensor_axes(len(x[0]))[-self.dims :] for axis in names(axes))
+
+    def flops(self, *x: Shape) -> int:
+        return 8 * prod(x[0])
+
+    def bind(self, place: Place) -> LayerNormOp:
+        return LayerNormOp(self, place)
+
+
+class LayerNormOp:
+    """A statistic for each entry of the dims before the last ones; ranks that cut the last ones merge theirs."""
+
+    def __init__(self, layer: LayerNorm, place: Place) -> None:
+        self.layer, self.backend, self.comm = layer, place.backend, place.comm
+        self.block = extent(place.output)
+        self.shape = (*self.block[: -layer.dims], *(1,) * layer.dims)
+
+    def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
+        self.x, mine = x[0], np.zeros((3, *self.shape))
+        if y.size:
+            mine[COUNT] = prod(self.block[-self.layer.dims :])
+            self.backend.moments(self.x, mine[MEAN], mine[M2])
+        self.count, self.mean, m2 = merge_moments(gather(self.comm, mine))
+        self.rstd = 1.0 / np.sqrt(m2 / self.count + self.layer.eps)
+        if y.size:
+            self.backend.normalize(self.x, self.mean, self.rstd, w["gamma"], w["beta"], y)
+
+    def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
+        gamma, own = w["gamma"], np.zeros((2, *w["gamma"].shape))
+        if dy.size:
+            self.backend.normalize_grad(dy, self.x, self.mean, self.rstd, *own)
+        dw["beta"][...], dw["gamma"][...] = own
+        if (into := dx[0]) is None:
+            return
+        sums = np.zeros((2, *self.shape))
+        if dy.size:
+            g = self.backend.empty(dy.shape, dy.dtype)
+            self.backend.normalize(dy, np.zeros(1), np.ones(1), gamma, np.zeros_like(gamma), g)  # gamma * dy
+            self.backend.normalize_grad(g, self.x, self.mean, self.rstd, *sums)
+        means = gather(self.comm, sums).sum(axis=0) / self.count
+        if dy.size:
+            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, gamma, means[0], means[1], into)
+
+
+def scale_and_offset(shape: Shape, axes: tuple[str | tuple[str, ...] | None, ...]) -> dict[str, Weight]:
+    """The scale and the offset of a norm."""
+    return {
+        "gamma": Weight(shape, axes, ("constant", 1.0)),
+        "beta": Weight(shape, axes, ("constant", 0.0)),
+    }

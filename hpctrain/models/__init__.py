@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,35 @@ from hpctrain.graph import Graph
 from hpctrain.layers import MSE, SoftmaxCrossEntropy
 from hpctrain.partition import Shape
 
-ZOO = ("cosmoflow", "lenet", "mlp")
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "alexnet": ("alexnet", {}),
+    "cosmoflow": ("cosmoflow", {}),
+    "inception3": ("inception", {}),
+    "lenet": ("lenet", {}),
+    "mlp": ("mlp", {}),
+    "resnet": ("resnet", {}),
+    "resnet18": ("resnet", {"depth": 18}),
+    "resnet34": ("resnet", {"depth": 34}),
+    "resnet50": ("resnet", {"depth": 50}),
+    "unet3d": ("unet3d", {}),
+    "vgg": ("vgg", {}),
+    "vgg11": ("vgg", {"depth": 11}),
+    "vgg16": ("vgg", {"depth": 16}),
+}
+"""A name for [model] -> the file here that builds it, and the options that the name fixes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one sample of a dataset looks like: x channels last; y a label among `classes`, or `values` numbers."""
+    """What one sample of a dataset looks like: x channels last; y a label among `classes`, or `values` numbers.
+
+    `positions` are the extents of y where it holds a label for each position, () where it is one label.
+    """
 
     shape: Shape
     classes: int | None = None
     values: int = 0
+    positions: Shape = ()
 
     @property
     def outputs(self) -> int:
@@ -39,31 +59,51 @@ def start(batch: int, sample: Sample) -> tuple[Graph, str]:
 
 
 def finish(net: Graph, x: str, sample: Sample) -> Graph:
-    """Add the target "y" and the loss that fits it: softmax cross-entropy for labels, mean squared error for values."""
+    """Add the target "y" and the loss that fits it: softmax cross-entropy for labels, mean squared error for values.
+
+    Labels of positions take predictions `x` (batch, *positions, classes). Raises PlanError where they do not fit.
+    """
     batch = net[x].shape[0]
     if sample.classes is not None:
-        net.add("loss", SoftmaxCrossEntropy(), x, net.input("y", (batch,), integer=True))
+        labels = net.input("y", (batch, *sample.positions), integer=True)
+        net.add("loss", SoftmaxCrossEntropy(), x, labels)
     else:
         net.add("loss", MSE(), x, net.input("y", (batch, sample.values)))
     return net
 
 
+def one_of(option: str, value: Any, choices: Collection[Any]) -> Any:
+    """`value`, if it is among `choices`; raises ValueError naming the option and these otherwise."""
+    if value not in choices:
+        raise ValueError(f"{option} = {value!r}; choose {', '.join(map(str, choices))}")
+    return value
+
+
+def scaled(filters: int, width: float) -> int:
+    """`filters` times `width`, rounded up to an even number, which two groups divide."""
+    if width <= 0:
+        raise ValueError(f"width = {width}; give a number above 0")
+    return 2 * ceil(filters * width / 2)
+
+
 def build(name: str, batch: int, sample: Sample, options: Mapping[str, Any]) -> Graph:
     """The network `name`: one of ZOO, or "file.py:function". Raises ConfigError naming what does not fit."""
+    fixed: Mapping[str, Any] = {}
     if ":" in name:
         builder = _from_file(*name.rsplit(":", 1))
     elif name in ZOO:
-        builder = importlib.import_module(f"hpctrain.models.{name}").build
+        file, fixed = ZOO[name]
+        builder = importlib.import_module(f"hpctrain.models.{file}").build
     else:
         raise ConfigError(f"model.name = {name!r}: not a network here; choose {', '.join(ZOO)} or 'file.py:function'")
-    parameters = list(inspect.signature(builder).parameters.values())[2:]
+    parameters = [p for p in list(inspect.signature(builder).parameters.values())[2:] if p.name not in fixed]
     accepted = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     unknown = [key for key in options if key not in accepted]
     if unknown and len(accepted) == len(parameters):
         takes = ", ".join(accepted) or "no options"
         raise ConfigError(f"model.options.{unknown[0]}: {name} has no such option; it takes {takes}")
     try:
-        return builder(batch, sample, **options)
+        return builder(batch, sample, **fixed, **options)
     except (TypeError, ValueError) as error:
         if ":" in name:  # the user's own code: a traceback says more
             raise

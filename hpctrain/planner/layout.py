@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input, Loss
-from hpctrain.partition import Distribution, Partition, Region, Wanted, touched, traffic, wanted
+from hpctrain.partition import Partition
 from hpctrain.planner.plan import Plan
+from hpctrain.regions import Distribution, Region, Wanted, received, sent, touched, wanted
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def edges(graph: Graph, plan: Plan) -> list[Edge]:
 def sent_bytes(edge: Edge, rank: int, itemsize: int) -> tuple[int, int]:
     """Bytes that `rank` sends to others along `edge` in the forward and in the backward pass of one step."""
     itemsize = 8 if edge.integer else itemsize
-    out = traffic(edge.have, edge.want, rank) * itemsize
-    back = traffic(edge.want, edge.have, rank) * itemsize if edge.gradient or edge.slot is None else 0
+    out = sent(edge.have, edge.want, rank) * itemsize
+    back = received(edge.have, edge.want, rank) * itemsize if edge.gradient or edge.slot is None else 0
     # partial sums run backwards in the forward pass
     return (out, back) if edge.slot is not None else (back, out if edge.gradient else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     layers: dict[str, dict[str, Any]]
     allreduce: str
+    empty_blocks: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The partition of every layer; `notes` say where a layer got less than was asked for."""
+    """The partition of every layer; `notes` say where a layer got less than was asked for.
+
+    With `empty_blocks` a layer may be cut into more blocks than it has elements: ranks without any idle.
+    """
 
     partitions: dict[str, Partition]
     allreduce: str = "ring"
+    empty_blocks: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -39,7 +45,9 @@ class Plan:
     def to_json(self) -> str:
         """The text of a plan file."""
         layers = {name: partition.parts() for name, partition in self.partitions.items()}
-        return json.dumps({"version": VERSION, "allreduce": self.allreduce, "layers": layers}, indent=2) + "\n"
+        found: dict[str, Any] = {"version": VERSION, "allreduce": self.allreduce}
+        found |= {"empty_blocks": True} if self.empty_blocks else {}
+        return json.dumps(found | {"layers": layers}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Plan:
@@ -58,7 +66,7 @@ class Plan:
                 partitions[name] = Partition.of(parts)
             except PlanError as error:
                 raise PlanError(f"{source}: layer {name}: {error}") from None
-        return cls(partitions, found.allreduce)
+        return cls(partitions, found.allreduce, found.empty_blocks)
 
     def check(self, graph: Graph) -> None:
         """Raises PlanError, naming layer, axis and what would work, where a layer cannot be cut as planned."""
@@ -75,6 +83,23 @@ class Plan:
                     raise PlanError(
                         f"layer {node.name}: {axis}={parts} cuts nothing of it; it can be cut along {', '.join(limits)}"
                     )
+            if not self.empty_blocks:
+                self._check_blocks(node)
+
+    def _check_blocks(self, node: Node) -> None:
+        """Raises PlanError where a dim of a layer's work has fewer elements than it is cut into blocks."""
+        partition = self.partitions[node.name]
+        for n, axes in _dims(node):
+            blocks = prod(partition[axis] for axis in axes)
+            if blocks > n:
+                asked = ", ".join(f"{axis}={partition[axis]}" for axis in axes if partition[axis] > 1)
+                most = f"{axes[0]}={n}" if len(axes) == 1 else f"{n} blocks along {' and '.join(axes)} together"
+                kind, shape = type(node.layer).__name__, " x ".join(map(str, node.shape))
+                raise PlanError(
+                    f"layer {node.name} ({kind}, output {shape}): {asked} cuts {n} elements into {blocks} blocks, "
+                    f"some of them empty; at most {most}, or write "
+                    '"empty_blocks": true into the plan if idle ranks are meant'
+                )
 
 
 def load(path: Path) -> Plan:
@@ -87,11 +112,7 @@ def load(path: Path) -> Plan:
 
 def extents(node: Node) -> dict[str, int]:
     """{axis: the most blocks that a layer can be cut into along it}, each block not empty."""
-    layer, shapes = node.layer, node.input_shapes
-    found: dict[str, int] = {}
-    for n, axes in zip(layer.work_shape(*shapes), layer.work_axes(*shapes), strict=True):
-        for axis in names(axes):
-            found[axis] = n
+    found = {axis: n for n, axes in _dims(node) for axis in axes}
     return {axis: found[axis] for axis in AXES if axis in found}
 
 
@@ -102,22 +123,22 @@ def uniform(graph: Graph, grid: Partition, allreduce: str = "ring") -> Plan:
     Gholami et al. 2018), or to its batch where it has no channels either. Raises PlanError where no layer has a dim
     that the grid cuts.
     """
-    limits = {node.name: extents(node) for node in graph}
+    able = sorted({axis for node in graph for axis in extents(node)}, key=AXES.index)
     for axis, parts in grid.parts().items():
-        if not any(axis in found for found in limits.values()):
-            able = sorted({a for found in limits.values() for a in found}, key=AXES.index)
+        if axis not in able:
             raise PlanError(f"grid: no layer can be cut along {axis} (= {parts}); this network has {', '.join(able)}")
-    fitted = {name: _fit(grid, found) for name, found in limits.items()}
+    fitted = {node.name: _fit(grid, node) for node in graph}
     changed: dict[tuple[Partition, str], list[str]] = {}
     for name, (partition, why) in fitted.items():
         if why:
             changed.setdefault((partition, why), []).append(name)
     notes = tuple(f"{grid} -> {to} for {', '.join(names)}: {why}" for (to, why), names in changed.items())
-    return Plan({name: partition for name, (partition, _) in fitted.items()}, allreduce, notes)
+    return Plan({name: partition for name, (partition, _) in fitted.items()}, allreduce, notes=notes)
 
 
-def _fit(grid: Partition, limits: dict[str, int]) -> tuple[Partition, str]:
-    """`grid` on a layer that can be cut at most as `limits` says, and what was changed for what reason."""
+def _fit(grid: Partition, node: Node) -> tuple[Partition, str]:
+    """`grid` on a layer, no block empty, and what was changed for what reason."""
+    limits = extents(node)
     parts: dict[str, int] = {axis: n for axis, n in grid.parts().items() if axis in limits}
     why: list[str] = []
     for axis, n in grid.parts().items():
@@ -125,8 +146,17 @@ def _fit(grid: Partition, limits: dict[str, int]) -> tuple[Partition, str]:
             heir = "channel" if "channel" in limits else "batch"
             parts[heir] = parts.get(heir, 1) * n
             why.append(f"no {axis}, so {heir} is cut instead")
-    for axis, n in parts.items():
-        if n > limits[axis]:
-            parts[axis] = limits[axis]
-            why.append(f"{axis} has only {limits[axis]}")
+    for n, axes in _dims(node):
+        room = n
+        for axis in axes:  # several axes may share the elements of one dim
+            if parts.get(axis, 1) > room:
+                parts[axis] = max(1, room)
+                why.append(f"{axis} has only {n}" if len(axes) == 1 else f"{' and '.join(axes)} share {n}")
+            room //= parts.get(axis, 1)
     return Partition.of(parts), "; ".join(why)
+
+
+def _dims(node: Node) -> list[tuple[int, tuple[str, ...]]]:
+    """(extent, axes that cut it) of each dim of a layer's work."""
+    work = zip(node.layer.work_shape(*node.input_shapes), node.layer.work_axes(*node.input_shapes), strict=True)
+    return [(n, names(axes)) for n, axes in work]

@@ -9,16 +9,8 @@ import pytest
 from transfers import Posted, Transfer, backward, common, distribution, forward, random_transfer, whole_numbers, wishes
 
 from hpctrain.comm.exchange import Exchange
-from hpctrain.partition import (
-    Cut,
-    Distribution,
-    Partition,
-    Wanted,
-    extent,
-    traffic,
-    volume,
-    whole,
-)
+from hpctrain.partition import Partition, extent, volume, whole
+from hpctrain.regions import Cut, Distribution, Wanted, received, sent
 
 ROUNDS = 120
 """Random cases for each test and number of ranks."""
@@ -104,10 +96,9 @@ def test_bytes_are_those_of_all_pairs_of_boxes(comm: Any, seed: int) -> None:
     for number in range(ROUNDS):
         rng = np.random.default_rng([seed, number])
         transfer = random_transfer(rng, comm.size)
-        mine, wish = transfer.have.box(comm.rank), transfer.want.box(comm.rank)
         others = [r for r in range(comm.size) if r != comm.rank]
-        out = {r: 4 * common(mine, transfer.want.box(r)) for r in others}
-        into = {r: 4 * common(wish, transfer.have.box(r)) for r in others}
+        out = {r: 4 * common(transfer, comm.rank, r) for r in others}
+        into = {r: 4 * common(transfer, r, comm.rank) for r in others}
         posted = Posted(comm)
         exchange = Exchange(posted, transfer.have, transfer.want, np.dtype(np.float32), tag=6)  # type: ignore[arg-type]
         assert exchange.bwd is not None
@@ -116,14 +107,9 @@ def test_bytes_are_those_of_all_pairs_of_boxes(comm: Any, seed: int) -> None:
         recvs = [(r, n, 6) for r, n in into.items() if n] + [(r, n, 7) for r, n in out.items() if n]
         assert sorted(posted.sends) == sorted(sends), f"{number}: {transfer}"
         assert sorted(posted.recvs) == sorted(recvs), f"{number}: {transfer}"
-        assert (
-            exchange.fwd.bytes_per_transfer == sum(out.values()) == 4 * traffic(transfer.have, transfer.want, comm.rank)
-        )
-        assert (
-            exchange.bwd.bytes_per_transfer
-            == sum(into.values())
-            == 4 * traffic(transfer.want, transfer.have, comm.rank)
-        )
+        have, want = transfer.have, transfer.want
+        assert exchange.fwd.bytes_per_transfer == sum(out.values()) == 4 * sent(have, want, comm.rank)
+        assert exchange.bwd.bytes_per_transfer == sum(into.values()) == 4 * received(have, want, comm.rank)
         assert exchange.fwd.bytes_sent == exchange.bwd.bytes_sent == 0
         for way in exchange.ways:
             way.reserve().fill(1)

@@ -18,7 +18,7 @@ from hpctrain.comm.grid import ProcessGrid
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.executor import Executor
 from hpctrain.graph import Graph
-from hpctrain.layers import BatchNorm, Conv, Input, ReLU
+from hpctrain.layers import BatchNorm, Conv, Input, Phase, ReLU
 from hpctrain.partition import Box, Partition
 from hpctrain.planner.layout import edges, sent_bytes
 from hpctrain.planner.plan import Plan
@@ -72,7 +72,7 @@ def test_bytes_sent_are_the_bytes_planned(comm: Any, name: str, precision: str, 
         for step in range(2):
             forward_backward(executor, data, step)
         assert executor.bytes_sent() == 2 * (forward + backward)
-        executor.forward(training=False)
+        executor.forward(Phase(training=False))
         assert executor.bytes_sent() == 3 * forward + 2 * backward
         total += comm.allreduce(forward + backward)
         executor.free()

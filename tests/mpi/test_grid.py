@@ -10,9 +10,7 @@ from mpi4py import MPI
 from networks import partitions
 
 from hpctrain.comm.grid import ProcessGrid
-from hpctrain.partition import (
-    AXES,
-)
+from hpctrain.partition import AXES
 
 
 @pytest.mark.parallel([1, 2, 3, 4])

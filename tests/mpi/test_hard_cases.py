@@ -186,7 +186,7 @@ def test_ranks_that_idle_in_one_layer_work_in_the_next(comm: Any, seed: int) -> 
 
 
 @pytest.mark.parallel([2, 3, 4])
-def test_rows_of_the_loss_have_three_columns_on_every_rank(comm: Any, seed: int) -> None:
+def test_rows_of_the_loss_have_four_columns_on_every_rank(comm: Any, seed: int) -> None:
     """Also where a rank has no rows, so that the trainer's sums need no special case."""
     net = sandwich((comm.size - 1, 5), Dense(3))
     data = draw(net, seed)
@@ -194,9 +194,9 @@ def test_rows_of_the_loss_have_three_columns_on_every_rank(comm: Any, seed: int)
     for plan in plans:
         executor = Executor(net, plan, comm, Reference(), "float64")
         load_weights(executor, data)
-        rows = forward_backward(executor, data, 0)
+        rows = forward_backward(executor, data, 0)["loss"]
         n = executor.box("loss")[0]
-        assert rows.shape == (n.stop - n.start, 3)
+        assert rows.shape == (n.stop - n.start, 4)
         executor.free()
 
 

@@ -13,14 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hpctrain"
 
 LEVELS = {
-    0: ("partition", "errors", "config", "toml_text", "toml_errors", "randomness", "environment", "durable"),
+    0: ("partition", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment", "durable", "memory"),
     1: ("comm", "backends"),
     2: ("layers", "optim"),
     3: ("graph", "models", "importers"),
     4: ("planner",),
     5: ("executor", "parameters", "sync", "data", "checkpoint", "metrics"),
-    6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch"),
-    7: ("cli", "report", "demo", "doctor", "__main__"),
+    6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
+    7: ("cli", "report", "demo", "doctor", "dryrun", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 

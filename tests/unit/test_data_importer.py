@@ -83,6 +83,8 @@ def test_one_value_a_sample_and_labels_of_every_point(tmp_path, seed) -> None:
     _, y, data = read_back(tmp_path / "mask")
     np.testing.assert_array_equal(y, mask)
     assert (data.y_shape, data.classes) == ((5, 3), 7)
+    import_arrays(*saved(tmp_path, x, mask[:, 1:4, 1:2]), tmp_path / "middle", classes=3)
+    assert read_back(tmp_path / "middle")[2].y_shape == (3, 1)
 
 
 def test_test_data_take_mean_std_and_classes_of_the_training_data(tmp_path, seed) -> None:
@@ -129,6 +131,7 @@ def spoilt(array: np.ndarray, at: tuple[int, ...], value: float) -> np.ndarray:
         (X[:0], Y[:0], r"x.npy: x is \(0, 5, 3, 1\)"),
         (X, Y[0], r"y.npy: y is \(\)"),
         (X, Y[:, None], r"y.npy: labels are \(4, 1\); give \(N,\) or one label for each point"),
+        (X, np.ones((4, 3, 5), int), r"y.npy: labels are \(4, 3, 5\); give .* point of x \(4, 5, 3\)"),
         (X.astype("c8"), Y, "x.npy: x is complex64; convert it to one of uint8"),
         (X.astype(bool), Y, "x.npy: x is bool; convert it"),
         (X, Y.astype("M8[s]"), r"y.npy: y is datetime64\[s\]; convert it"),

@@ -7,7 +7,20 @@ from networks import network
 
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import MSE, Add, Conv, Dense, Flatten, Input, MaxPool, ReLU, SoftmaxCrossEntropy
+from hpctrain.layers import (
+    MSE,
+    Add,
+    Conv,
+    Dense,
+    Dice,
+    Flatten,
+    Input,
+    MaxPool,
+    ReLU,
+    Reshape,
+    Slice,
+    SoftmaxCrossEntropy,
+)
 
 
 def residual() -> Graph:
@@ -30,7 +43,7 @@ def test_shapes_follow_from_inputs_and_layers() -> None:
         "flat": (3, 80),
         "y": (3,),
         "fc": (3, 5),
-        "loss": (3, 3),
+        "loss": (3, 4),
     }
 
 
@@ -74,16 +87,31 @@ def test_inputs_say_what_they_hold() -> None:
         net["x"].layer.bind(None)  # type: ignore[arg-type]
 
 
-def test_loss_must_be_one() -> None:
+def test_losses_are_found_in_order_and_there_must_be_one() -> None:
     net = Graph()
     x, y = net.input("x", (3, 5)), net.input("y", (3, 5))
-    with pytest.raises(PlanError, match="trained on one loss, this one has 0"):
-        _ = net.loss
+    with pytest.raises(PlanError, match="trained on a loss, this one has none among x, y"):
+        _ = net.losses
     net.add("one", MSE(), x, y)
-    assert net.loss.name == "one"
     net.add("two", MSE(), y, x)
-    with pytest.raises(PlanError, match="trained on one loss, this one has 2"):
-        _ = net.loss
+    assert [loss.name for loss in net.losses] == ["one", "two"]
+
+
+def test_labels_go_to_losses_that_take_them_and_numbers_to_all_other_layers() -> None:
+    net = Graph()
+    x, y, labels = net.input("x", (3, 5)), net.input("y", (3,)), net.input("labels", (3,), integer=True)
+    volume, marks = net.input("volume", (2, 4, 5, 3)), net.input("marks", (2, 4, 5), integer=True)
+    with pytest.raises(PlanError, match=r"layer loss .*: y holds numbers, but labels are due; .* integer=True"):
+        net.add("loss", SoftmaxCrossEntropy(), x, y)
+    with pytest.raises(PlanError, match=r"layer relu .*: labels holds labels, but numbers are due; .* without integer"):
+        net.add("relu", ReLU(), labels)
+    net.add("loss", SoftmaxCrossEntropy(), x, labels)
+    net.add("dice", Dice(), volume, marks)
+    net.add("masks", Dice(), volume, volume)
+    # what a network computes are never labels
+    computed = net.add("flat", Reshape((4, 5)), net.add("one", Slice(-1, 0, 1), volume))
+    with pytest.raises(PlanError, match="flat holds numbers, but labels are due"):
+        net.add("wrong", Dice(), volume, computed)
 
 
 def test_errors_name_the_layer() -> None:

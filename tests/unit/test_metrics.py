@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from math import inf, isnan, nan
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from hpctrain import environment, runfolder
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.layers import MAE, MSE, SoftmaxCrossEntropy
 from hpctrain.metrics import MetricsFile, Totals
 
 
@@ -20,17 +22,49 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_means_are_those_of_all_samples_together() -> None:
-    rng = np.random.default_rng(3)
-    loss, weight, score = rng.random((3, 17))
+    rng, losses = np.random.default_rng(3), {"loss": SoftmaxCrossEntropy()}
+    rows = rng.random((17, 4))
     totals = Totals()
     for part in (slice(0, 5), slice(5, 6), slice(6, 17)):  # blocks of uneven size
-        totals.add(Totals(loss[part].sum(), weight[part].sum(), score[part].sum(), float(len(loss[part]))))
-    found = totals.means("accuracy", "test_")
+        totals.add(Totals({"loss": rows[part].sum(axis=0).tolist()}, float(len(rows[part]))))
+    found, (loss, weight, score, count) = totals.means(losses, "test_"), rows.sum(axis=0)
     assert found.keys() == {"test_loss", "test_accuracy"}
-    assert found["test_loss"] == pytest.approx(loss.sum() / weight.sum(), rel=1e-14)
-    assert found["test_accuracy"] == pytest.approx(score.sum() / weight.sum(), rel=1e-14)
+    assert found["test_loss"] == pytest.approx(loss / weight, rel=1e-14)
+    assert found["test_accuracy"] == pytest.approx(score / count, rel=1e-14)
     assert totals.samples == 17
-    assert all(isnan(mean) for mean in Totals().means("mae").values())
+    assert all(isnan(mean) for mean in Totals().means({"loss": MSE()}).values())
+
+
+def test_several_losses_add_up_by_their_scales() -> None:
+    losses = {"main": SoftmaxCrossEntropy(), "aux": MSE(scale=0.3), "unseen": MAE()}
+    totals = Totals({"main": [6.0, 4.0, 3.0, 5.0], "aux": [9.0, 2.0, 1.0, 2.0], "unseen": [0.0] * 4}, 3.0)
+    found = totals.means(losses)
+    # a loss without weight has no mean, and adds nothing to the total, nor to the gradient
+    assert isnan(found.pop("unseen.loss"))
+    assert isnan(found.pop("unseen.mae"))
+    expected = {"loss": 1.5 + 0.3 * 4.5, "main.loss": 1.5, "main.accuracy": 0.6, "aux.loss": 4.5, "aux.mae": 0.5}
+    assert found == pytest.approx(expected, rel=1e-14)
+    assert totals.shares(losses) == pytest.approx({"main": 0.25, "aux": 0.15, "unseen": 0.0}, rel=1e-14)
+
+
+def test_scale_of_the_one_loss_counts_too() -> None:
+    totals = Totals({"loss": [6.0, 4.0, 3.0, 4.0]}, 4.0)
+    assert totals.means({"loss": MSE(scale=2.0)}) == {"loss": 3.0, "mae": 0.75}
+    assert totals.means({"loss": MSE(scale=0.0)})["loss"] == 0.0
+    assert totals.shares({"loss": MSE(scale=0.0)}) == {"loss": 0.0}
+
+
+def test_nothing_counted_is_not_a_number() -> None:
+    """A batch whose labels are all ignored: no mean, and no gradient."""
+    losses = {"loss": SoftmaxCrossEntropy(ignore=0)}
+    ignored = Totals({"loss": [0.0] * 4}, 5.0)
+    assert all(isnan(mean) for mean in ignored.means(losses).values())
+    assert ignored.shares(losses) == {"loss": 0.0}
+
+
+def test_totals_survive_a_checkpoint() -> None:
+    totals = Totals({"main": [1.5, 2.0, 0.1, 3.0], "aux": [0.0] * 4}, 7.0)
+    assert Totals(**json.loads(json.dumps(asdict(totals)))) == totals
 
 
 def test_lines_are_json_without_nan(tmp_path: Path) -> None:

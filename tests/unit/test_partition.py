@@ -13,26 +13,20 @@ from networks import partitions, random_partition
 from hpctrain.errors import PlanError
 from hpctrain.partition import (
     AXES,
-    Along,
     Box,
-    Cut,
-    Distribution,
     Interval,
     Partition,
-    Region,
-    Wanted,
     contains,
     empty,
     extent,
     names,
     overlap,
     split,
-    traffic,
     volume,
-    wanted,
     whole,
     within,
 )
+from hpctrain.regions import Along, Cut, Distribution, Region, Wanted, received, sent, wanted
 
 ROUNDS = 300
 """Random cases for each test."""
@@ -236,7 +230,7 @@ def halo(before: int, after: int, stride: int, start: int, stop: int) -> Interva
     return start * stride - before, stop * stride + after
 
 
-def test_meeting_and_overlaps_equal_a_scan_of_all_boxes(seed: int) -> None:
+def test_meeting_and_shares_equal_a_scan_of_all_boxes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     met = 0
     for _ in range(ROUNDS):
@@ -245,9 +239,11 @@ def test_meeting_and_overlaps_equal_a_scan_of_all_boxes(seed: int) -> None:
             box = random_box(rng, len(region.cuts))
             expected = [r for r, other in enumerate(region.boxes) if elements(other) & elements(box)]
             assert region.meeting(box) == expected, f"{region}, {box}"
-            found = list(region.overlaps(box))
-            assert [rank for rank, _ in found] == expected
-            assert all(elements(common) == elements(region.box(r)) & elements(box) for r, common in found)
+            for r, other in enumerate(region.boxes):
+                shares = region.shares(r, box)
+                assert all(share.source == share.target and not share.moved for share in shares)
+                common = [elements(other) & elements(box)] if r in expected else []
+                assert [elements(share.source) for share in shares] == common
             met += len(expected)
     print(f"{ROUNDS} regions, {met} boxes met")
     assert met > ROUNDS
@@ -265,16 +261,19 @@ def test_wanted_boxes_follow_the_work_and_are_empty_without_work() -> None:
     assert volume(work.box(15)) == 0
 
 
-def test_traffic_counts_all_pairs_of_boxes(seed: int) -> None:
+def test_what_is_sent_and_received_counts_all_pairs_of_boxes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     moved = 0
     for _ in range(ROUNDS):
         have, want = random_distribution(rng), random_distribution(rng)
         want = Distribution(have.shape, have.axes, want.partition)
         for rank in range(have.partition.size):
-            pairs = [elements(have.box(rank)) & elements(want.box(r)) for r in range(want.partition.size) if r != rank]
-            assert traffic(have, want, rank) == sum(map(len, pairs))
-            moved += sum(map(len, pairs))
+            others = [r for r in range(max(have.partition.size, want.partition.size)) if r != rank]
+            out = [elements(have.box(rank)) & elements(want.box(r)) for r in others]
+            into = [elements(have.box(r)) & elements(want.box(rank)) for r in others]
+            assert sent(have, want, rank) == sum(map(len, out))
+            assert received(have, want, rank) == sum(map(len, into))
+            moved += sum(map(len, out))
     assert moved > ROUNDS
 
 

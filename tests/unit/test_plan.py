@@ -11,7 +11,7 @@ from networks import LAYERS, network, random_plan, sandwich, single, with_partit
 
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import Dense, MaxPool
+from hpctrain.layers import MSE, Conv, Dense, Flatten, MaxPool
 from hpctrain.models import Sample, cosmoflow, lenet, mlp
 from hpctrain.partition import AXES, Partition, names
 from hpctrain.planner import plan as plans
@@ -116,13 +116,33 @@ def test_an_axis_that_cuts_nothing_of_a_layer_is_refused(case: str) -> None:
             assert f"it can be cut along {', '.join(able)}" in str(caught.value)
 
 
+def test_empty_blocks_are_refused_unless_the_plan_insists() -> None:
+    net = Graph()
+    x = net.input("x", (2, 7, 5, 3))
+    x = net.add("conv1", Conv(4, kernel=3), x)
+    x = net.add("flat", Flatten(), x)
+    net.add("loss", MSE(), x, net.input("y", net[x].shape))
+    with pytest.raises(PlanError) as caught:
+        with_partitions(net, {"conv1": Partition(batch=2, height=6)}, empty_blocks=False).check(net)
+    assert str(caught.value) == (
+        "layer conv1 (Conv, output 2 x 5 x 3 x 4): height=6 cuts 5 elements into 6 blocks, some of them empty; at most "
+        'height=5, or write "empty_blocks": true into the plan if idle ranks are meant'
+    )
+    with pytest.raises(PlanError, match=r"height=8, channel=9 cuts 60 elements into 72 .* at most 60 blocks along "):
+        with_partitions(net, {"flat": Partition(height=8, channel=9)}, empty_blocks=False).check(net)
+    insisting = with_partitions(net, {"conv1": Partition(batch=2, height=6)})
+    insisting.check(net)
+    assert Plan.from_json(insisting.to_json(), "plan.json") == insisting
+    assert json.loads(insisting.to_json())["empty_blocks"] is True
+
+
 def test_most_blocks_of_a_layer() -> None:
     net = cosmoflow.build(5, Sample((9, 7, 11, 2), values=3), filters=3, hidden=7)
     assert extents(net["x"]) == {"batch": 5, "depth": 9, "height": 7, "width": 11, "channel": 2}
     assert extents(net["conv1"]) == {**extents(net["x"]), "channel": 3, "contraction": 2}
     assert extents(net["pool1"]) == {"batch": 5, "depth": 4, "height": 3, "width": 5, "channel": 3}
     assert extents(net["fc1"]) == {"batch": 5, "channel": 7, "contraction": 180}
-    assert extents(net["loss"]) == {"batch": 5}
+    assert extents(net["loss"]) == {"batch": 5, "channel": 3}
     # flat elements are dealt to all that cut the tensor before
     flat = {"batch": 5, "depth": 180, "height": 180, "width": 180, "channel": 180}
     assert extents(net["flatten"]) == flat
@@ -222,6 +242,22 @@ def test_bytes_of_a_halo_by_hand() -> None:
     found = {(edge.consumer, edge.slot): sent_bytes(edge, 0, 4) for edge in edges(net, plan)}
     assert found["pre", 0] == (0, 0)
     assert found["layer", 0] == (2 * 5 * 3 * 4, 2 * 5 * 3 * 4)
+
+
+@pytest.mark.parametrize(("pr", "pc"), [(2, 3), (3, 2), (4, 1), (1, 4)])
+def test_bytes_of_dense_layers_are_those_of_the_15d_algorithm(pr: int, pc: int) -> None:
+    """Gholami et al. 2018, equation 8: a rank gathers B (Pr - 1) / Pr * d / Pc elements of a layer's input of d units.
+
+    Backward each rank needs only its own block of the sum: a reduce-scatter of as many, half of the paper's all-reduce.
+    """
+    batch, units = 12, 24
+    net = mlp.build(batch, Sample((10,), classes=5), hidden=(units, units))
+    plan = with_partitions(net, {}, other=Partition(batch=pc, channel=pr))
+    found = {(edge.consumer, edge.slot): edge for edge in edges(net, plan)}
+    gathered = batch * (pr - 1) * units // (pr * pc)
+    for rank in range(pr * pc):
+        assert sent_bytes(found["fc2", 0], rank, 4) == (4 * gathered, 4 * gathered)
+        assert sent_bytes(found["relu2", 0], rank, 4) == (0, 0)
 
 
 def test_bytes_of_a_split_contraction_by_hand() -> None:

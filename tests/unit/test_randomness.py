@@ -12,8 +12,9 @@ from scipy import stats
 
 from hpctrain import randomness
 from hpctrain.errors import ConfigError
-from hpctrain.partition import Box, Distribution, Partition, Shape, extent, whole
+from hpctrain.partition import Box, Partition, Shape, extent, whole
 from hpctrain.randomness import normal, random_words, uniform, words
+from hpctrain.regions import Distribution
 
 SAMPLES = (211, 100, 10)
 """A shape of 211,000 numbers."""
@@ -37,6 +38,26 @@ def test_block_drawn_alone_is_the_block_of_the_whole(draw: object, seed: int) ->
         full += prod(extent(box)) > 0
     print(f"{rounds} boxes, {full} not empty")
     assert full > rounds // 4
+
+
+def test_streams_for_rows_or_for_more_give_the_same_words(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stream begins depends on what is faster: for each run of a box, or with gaps for several."""
+    rng, streams, rounds = np.random.default_rng(seed), set(), 200
+    whole_stream = randomness.random_words
+    for _ in range(rounds):
+        shape = tuple(rng.integers(1, 9, rng.integers(1, 6)).tolist())
+        box, begun = random_box(rng, shape), []
+        expected = words(seed, "conv1.weight", shape, whole(shape))[box]
+        monkeypatch.setattr(randomness, "random_words", lambda *of, n=begun: n.append(of[3]) or whole_stream(*of))
+        monkeypatch.setattr(randomness, "NEW_STREAM", int(rng.choice([0, 3, 50, 10**6])))
+        longest = int(rng.choice([1, 30, 10**6]))
+        monkeypatch.setattr(randomness, "LONGEST_STREAM", longest)
+        np.testing.assert_array_equal(words(seed, "conv1.weight", shape, box), expected, strict=True)
+        assert max(begun, default=0) <= max(longest, shape[-1]), "one row at least"
+        monkeypatch.undo()
+        streams.add(len(begun))
+    print(f"{rounds} boxes, {sorted(streams)} streams")
+    assert len(streams) > 20
 
 
 def test_blocks_of_a_distribution_make_up_the_tensor() -> None:

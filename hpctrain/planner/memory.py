@@ -1,0 +1,167 @@
+"""The memory that a rank needs to train by a plan, counted from the boxes that the executor makes its arrays of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from math import prod
+
+import numpy as np
+
+from hpctrain import optim
+from hpctrain.backends.reference import Reference
+from hpctrain.backends.windows import COLUMN_BYTES
+from hpctrain.config import Config
+from hpctrain.graph import Graph
+from hpctrain.layers import BatchNorm, Conv, ConvTranspose, GroupNorm, Input, InstanceNorm, LayerNorm
+from hpctrain.memory import mib
+from hpctrain.partition import Box, Shape, contains, extent, volume
+from hpctrain.planner.layout import Edge, Layout, edges, layouts
+from hpctrain.planner.plan import Plan
+from hpctrain.regions import Share, owners
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. All but `workspace` are exact; Python, MPI and the batch being read come on top."""
+
+    parameters: int
+    """Weights and their gradients."""
+    optimizer: int
+    """What the optimizer keeps per weight."""
+    statistics: int
+    """Running statistics."""
+    tensors: int
+    """What flows between layers, halos and padding included, and its gradients."""
+    messages: int
+    """Buffers of what travels between ranks and is not contiguous in a tensor."""
+    kept: int
+    """What layers keep for their gradient besides: winners of max pools, masks, probabilities."""
+    workspace: int
+    """The largest temporary arrays; an estimate."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        parts = {
+            "tensors": self.tensors,
+            "weights and gradients": self.parameters,
+            "optimizer": self.optimizer,
+            "messages": self.messages,
+            "kept for gradients": self.kept,
+            "workspace": self.workspace,
+        }
+        said = [f"{what} {mib(n)}" for what, n in parts.items() if n >= 0.01 * self.total]
+        return f"{mib(self.total)} ({', '.join(said)})"
+
+
+def predict(
+    graph: Graph,
+    plan: Plan,
+    ranks: Iterable[int] | None = None,
+    precision: str = "float32",
+    optimizer_arrays: int = 1,
+    backend: str = "native",
+) -> dict[int, Memory]:
+    """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
+
+    `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
+    """
+    places, moved, itemsize = layouts(graph, plan), edges(graph, plan), np.dtype(precision).itemsize
+    return {
+        rank: _of_rank(graph, places, moved, rank, itemsize, optimizer_arrays, backend)
+        for rank in (range(plan.ranks) if ranks is None else ranks)
+    }
+
+
+def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
+    """`predict` for a run as `config` describes it."""
+    train, none = config.train, np.zeros(0)
+    optimizer = optim.TABLE[config.optim.name](none, none, [], Reference(), config.optim)
+    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend)
+
+
+def largest(found: dict[int, Memory]) -> tuple[int, Memory]:
+    """(rank, its memory) of the rank that needs most, the first where several do."""
+    rank = max(found, key=lambda r: (found[r].total, -r))
+    return rank, found[rank]
+
+
+def _of_rank(
+    graph: Graph,
+    places: dict[str, Layout],
+    moved: Sequence[Edge],
+    rank: int,
+    itemsize: int,
+    optimizer_arrays: int,
+    backend: str,
+) -> Memory:
+    weights = sum(volume(d.box(rank)) for place in places.values() for d in place.weights.values()) * itemsize
+    running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * itemsize
+    tensors = messages = 0
+    for edge in moved:
+        arrays, buffers = _edge(edge, rank)
+        size = 8 if edge.integer else itemsize
+        tensors, messages = tensors + arrays * size, messages + buffers * size
+    kept = workspace = 0
+    for name, place in places.items():
+        produced = extent((place.output if place.partial is None else place.partial).box(rank))
+        kept += place.node.layer.kept_bytes(itemsize, produced, *(extent(want.box(rank)) for want in place.inputs))
+        if not graph.consumers(name):
+            tensors += volume(place.output.box(rank)) * itemsize
+        if not isinstance(place.node.layer, Input):
+            workspace = max(workspace, _workspace(place, rank, itemsize, backend))
+    return Memory(2 * weights, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
+
+
+def _edge(edge: Edge, rank: int) -> tuple[int, int]:
+    """Elements of the arrays and of the message buffers that `comm.exchange.Exchange` makes for an edge."""
+    mine, wish = edge.have.box(rank), edge.want.box(rank)
+    inplace = volume(mine) > 0 and contains(wish, mine)
+    ways = 2 if edge.gradient or edge.slot is None else 1
+    arrays = ways * (volume(wish) + (0 if inplace else volume(mine)))
+    owned = extent(wish if inplace else mine)  # the array that the owner's block lies in
+    outgoing = [edge.want.shares(r, mine) for r in edge.want.meeting(mine) if r != rank]
+    incoming = [edge.want.shares(rank, edge.have.box(r)) for r in owners(edge.have, edge.want, rank) if r != rank]
+    buffers = ways * sum(_packed(shares, extent(wish), (False,) * len(wish)) for shares in incoming)
+    buffers += sum(_packed(shares, owned) for shares in outgoing)
+    if ways == 2:  # gradients that arrive are added, so that they never go straight into the array
+        buffers += sum(volume(share.source) for shares in outgoing for share in shares)
+    return arrays, buffers
+
+
+def _packed(shares: Sequence[Share], array: Shape, flipped: tuple[bool, ...] | None = None) -> int:
+    """Elements of the buffer between `shares` of an array of these extents and the wire; 0 where it needs none."""
+    if len(shares) == 1 and _contiguous(shares[0].source, array, flipped or shares[0].flipped):
+        return 0
+    return sum(volume(share.source) for share in shares)
+
+
+def _contiguous(box: Box, array: Shape, flipped: tuple[bool, ...]) -> bool:
+    """Whether NumPy calls a view of these extents into an array contiguous; a dim of 1 never keeps it from that."""
+    step = dense = 1
+    for n, whole, backwards in zip(reversed(extent(box)), reversed(array), reversed(flipped), strict=True):
+        if n != 1:
+            if backwards or step != dense:
+                return False
+            dense *= n
+        step *= whole
+    return True
+
+
+def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
+    """Bytes of the temporaries of one layer: convolutions are unfolded, and `reference` writes formulas in NumPy."""
+    layer, x, work = place.node.layer, place.inputs[0].box(rank), place.work.box(rank)
+    output = volume(place.output.box(rank))
+    if isinstance(layer, Conv | ConvTranspose):
+        taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
+        positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
+        return min(COLUMN_BYTES, taps * volume(positions) * volume(channels) * itemsize) + output * itemsize
+    if backend != "reference":
+        return 0
+    if isinstance(layer, BatchNorm | GroupNorm | InstanceNorm | LayerNorm):
+        return 4 * 8 * output  # statistics are float64, and so are the four terms of the gradient
+    return max(output, *(volume(want.box(rank)) for want in place.inputs)) * itemsize

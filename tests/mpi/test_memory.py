@@ -1,0 +1,69 @@
+"""The memory that the planner predicts is what an executor's arrays hold, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import CASES, NETWORKS, network, random_plan
+
+from hpctrain.backends.reference import Reference
+from hpctrain.comm.exchange import Message
+from hpctrain.executor import Executor
+from hpctrain.graph import Graph
+from hpctrain.planner import memory
+from hpctrain.planner.plan import Plan
+
+PLANS = 3
+"""Random plans for every network and number of ranks."""
+
+
+def base(array: np.ndarray) -> np.ndarray:
+    """The array that owns the memory of `array`."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def allocated(arrays: list[np.ndarray]) -> int:
+    """Bytes of the distinct arrays that these are views of."""
+    return sum(array.nbytes for array in {id(base(array)): base(array) for array in arrays}.values())
+
+
+def held(executor: Executor) -> list[np.ndarray]:
+    """Every array that the executor holds."""
+    found = [executor.parameters.weights, executor.parameters.gradients, *(t.array for t in executor.state)]
+    for exchange in executor.exchanges.values():
+        for way in exchange.ways:
+            messages: list[Message] = [*way._out, *way._in]
+            found += [way.src, way.dst, *(message.buffer for message in messages)]
+    return found + [step.result for step in executor.steps]
+
+
+def check(comm: Any, net: Graph, plan: Plan, precision: str) -> None:
+    executor = Executor(net, plan, comm, Reference(), precision)
+    try:
+        found = allocated(held(executor))
+    finally:
+        executor.free()
+    need = memory.predict(net, plan, [comm.rank], precision)[comm.rank]
+    exact = need.parameters + need.statistics + need.tensors + need.messages
+    assert exact == found, f"rank {comm.rank}, plan {plan.partitions}: {need}"
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_of_whole_networks(comm: Any, name: str, precision: str, seed: int) -> None:
+    net, rng = NETWORKS[name](), np.random.default_rng(seed)
+    for _ in range(PLANS):
+        check(comm, net, random_plan(rng, net, comm.size), precision)
+
+
+@pytest.mark.parallel([3])
+@pytest.mark.parametrize("case", CASES)
+def test_of_every_layer(comm: Any, case: str, seed: int) -> None:
+    net, rng = network(case), np.random.default_rng(seed)
+    for _ in range(PLANS):
+        check(comm, net, random_plan(rng, net, comm.size), "float64")
