@@ -8,10 +8,6 @@ from typing import Any
 from hpctrain import launch, prepare
 from hpctrain.config import Config, to_toml
 from hpctrain.console import print_json
-from hpctrain.planner import memory
-
-MOST = 64
-"""Ranks of which the memory is computed: the first ones have the longer blocks, and blocks without a border."""
 
 
 def run(config: Config, as_json: bool) -> int:
@@ -34,10 +30,7 @@ def run(config: Config, as_json: bool) -> int:
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
-    rank, need = memory.largest(memory.of_run(config, graph, plan, range(min(plan.ranks, MOST))))
-    among = f" of the first {MOST}" if plan.ranks > MOST else ""
-    print(f"# memory: rank {rank} needs most{among}, besides Python, MPI and the batch that is read:")
-    print(f"#   {need}")
+    print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
     print(f"# {launch.command_line(plan.ranks, ['train', *[w for w in sys.argv[2:] if w != '--dry-run']])}")
     if as_json:
         print_json("train", layers)

@@ -21,8 +21,8 @@ class Room(NamedTuple):
 
 
 def mib(nbytes: int) -> str:
-    """`nbytes` in MiB, rounded up, as in "1,234 MiB"."""
-    return f"{-(-nbytes // MIB):,} MiB"
+    """`nbytes` as in "1,234 MiB", rounded up, or "1.2 MiB"."""
+    return f"{-(-nbytes // MIB):,} MiB" if nbytes >= 10 * MIB else f"{nbytes / MIB:.1f} MiB"
 
 
 def peak() -> int:
@@ -60,17 +60,19 @@ def host_room() -> Room | None:
 
 
 @contextmanager
-def explained(rank: int, need: Callable[[], str]) -> Iterator[None]:
-    """Turns a MemoryError inside into a PlanError that says what `rank` needed, what it had, and what would help."""
+def explained(need: Callable[[], str]) -> Iterator[None]:
+    """Turns a MemoryError inside into a PlanError that says what was needed, what limits it, and what would help.
+
+    The text is the same on all ranks, so that it is printed once where many fail, with the ranks that did.
+    """
     try:
         yield
     except MemoryError as error:
-        limit, had = process_room() or host_room(), peak()
-        within = f", within {limit.limit}" if limit else ""
+        limit = process_room() or host_room()
         raise PlanError(
-            f"rank {rank} is out of memory{within}: it had {mib(had)}, and by the plan it needs {need()}, besides "
-            "Python, MPI and the batch that is read; cut more (a larger plan.grid on more ranks: an axis of positions "
-            "cuts activations, channel cuts weights), make train.batch smaller, or raise the limit"
+            f"out of memory{f', within {limit.limit}' if limit else ''}: by the plan {need()}, besides Python, MPI and "
+            "the batch that is read; cut more (a larger plan.grid on more ranks: axes of positions cut activations, "
+            "channel cuts weights), make train.batch smaller, or raise the limit"
         ) from error
 
 

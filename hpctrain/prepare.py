@@ -74,8 +74,14 @@ def make_plan(config: Config, graph: Graph) -> Plan:
     return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce or "ring")
 
 
-def needed(config: Config, rank: int) -> memory.Memory:
-    """What `rank` needs to train as `config` says. Raises as the functions above do."""
+def needed(config: Config) -> str:
+    """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
     data, _ = open_datasets(config)
     graph = build_graph(config, data)
-    return memory.of_run(config, graph, make_plan(config, graph), [rank])[rank]
+    return most_memory(config, graph, make_plan(config, graph))
+
+
+def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:
+    """Which rank needs most memory, and how much; of the first `among`, as these have the longer blocks."""
+    rank, need = memory.largest(memory.of_run(config, graph, plan, range(min(plan.ranks, among))))
+    return f"rank {rank} needs most{f' of the first {among}' if plan.ranks > among else ''}, {need}"

@@ -30,7 +30,7 @@ def run(world: World, config: Config, resume: Path | None = None, json_output: b
     """Train as `config` says; the exit status. `resume` is a run folder to continue. Collective."""
     console = Console(world.rank, config.run.log_every)
     try:
-        with memory.explained(world.rank, lambda: str(prepare.needed(config, world.rank))):
+        with memory.explained(lambda: prepare.needed(config)):
             return Trainer(world, config, console, resume).train(json_output)
     finally:
         console.close()
@@ -94,15 +94,11 @@ class Trainer:
                 return STOPPED
             records.append(self._finish_epoch() if self.at.position == self.feed.batches.steps else self._report("end"))
         self._save()
-        used = self.usage.ranks()
-        if self.world.rank == 0:
-            for rank in used:
-                self.metrics.write("memory", step=self.at.step, **asdict(rank))
-            self.metrics.flush()
-        self.console.note(usage.describe(used))
+        if records:
+            records[-1] |= self._report_memory()
         self.console.note(f"run folder {self.folder}")
         if json_output and self.world.rank == 0:
-            print_json("train", [*records[:-1], *(record | usage.largest(used) for record in records[-1:])])
+            print_json("train", records)
         return 0
 
     def _train_epoch(self) -> bool:
@@ -198,6 +194,16 @@ class Trainer:
             self.metrics.flush()
         self.console.epoch(record)
         return record
+
+    def _report_memory(self) -> dict[str, int]:
+        """Record and say what each rank has used; the largest figures. Collective."""
+        used = self.usage.ranks()
+        if self.world.rank == 0:
+            for rank in used:
+                self.metrics.write("memory", step=self.at.step, **asdict(rank))
+            self.metrics.flush()
+        self.console.note(usage.describe(used))
+        return usage.largest(used)
 
     # --- agreement -------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from hpctrain.executor import Executor
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import BCEWithLogits, Dice, Input, Phase, Place, SoftmaxCrossEntropy
 from hpctrain.optim import SGD
-from hpctrain.partition import Partition, names
-from hpctrain.planner.layout import edges, layouts, sent_bytes
+from hpctrain.partition import Partition, Shape, names
+from hpctrain.planner.layout import differentiable, edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents
 
 STEPS = 2
@@ -73,11 +73,14 @@ def fits(node: Node, partition: Partition) -> bool:
 
 @st.composite
 def plans(draw: Callable[..., Any], net: Graph, ranks: int) -> Plan:
-    """A partition of its own for every layer, over all ranks half of the time; one plan of three has empty blocks."""
+    """A partition for every layer, over all ranks half of the time, for the layer "layer" more often; one plan of three
+    has empty blocks.
+    """
     empty = draw(st.sampled_from([False, False, True]))
     found = {}
     for n in net:
-        size = draw(st.sampled_from([*range(1, ranks + 1), *[ranks] * ranks]))
+        most = [ranks] * ranks * (4 if n.name == "layer" else 1)
+        size = draw(st.sampled_from([*range(1, ranks + 1), *most]))
         able = [grid for grid in grids(tuple(extents(n)), size) if empty or fits(n, grid)]
         found[n.name] = draw(st.sampled_from(able)) if able else ONE
     return Plan(found, draw(st.sampled_from(["ring", "mpi"])), empty_blocks=empty)
@@ -108,7 +111,25 @@ def data_of(case: Case) -> Data:
     return replace(data, counts=data.counts / most)
 
 
-# --- one case on all ranks ----------------------------------------------------------------------------------------
+# --- one case on all ranks, with NaN wherever something has to be written -------------------------------------------
+
+
+class Poisoned(Reference):
+    """Uninitialised memory happens to be 0 too often."""
+
+    def empty(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        return np.full(shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
+
+
+def poison(executor: Executor) -> None:
+    """What a training step writes anew: outputs, gradients of inputs, and of weights that a loss depends on."""
+    for exchange in executor.exchanges.values():
+        for way in exchange.ways:
+            way.src.fill(np.nan if way.src.dtype.kind == "f" else np.iinfo(way.src.dtype).max)
+    depended = differentiable(executor.graph)
+    for step in executor.steps:
+        for gradient in step.gradients.values() if step.name in depended else ():
+            gradient.fill(np.nan)
 
 
 class Guarded:
@@ -140,7 +161,7 @@ def rehearse(case: Case, rank: int) -> list[str]:
                 inputs = tuple(want.box(rank) for want in place.inputs)
                 output = (place.partial or place.output).box(rank)
                 shapes, dtype, work = place.node.input_shapes, np.dtype(np.float64), place.work.box(rank)
-                backend = Reference()
+                backend = Poisoned()
                 place.node.layer.bind(Place(name, case.seed, backend, dtype, shapes, inputs, work, output, boxes, None))
     except Exception:
         return [f"before communication\n{traceback.format_exc(limit=-3)}"]
@@ -149,7 +170,7 @@ def rehearse(case: Case, rank: int) -> list[str]:
 
 def trained(comm: Any, case: Case, plan: Plan, data: Data) -> tuple[Blocks, list[str]]:
     """Outputs, gradients and weights of every step of training and of one evaluation, and what ops raised."""
-    executor = Executor(case.net, plan, comm, Reference(), "float64", case.seed)
+    executor = Executor(case.net, plan, comm, Poisoned(), "float64", case.seed)
     notes: list[str] = []
     for step in executor.steps:
         if getattr(step.op, "comm", None) is None:  # else the others wait for this rank within the op: end the run
@@ -159,6 +180,7 @@ def trained(comm: Any, case: Case, plan: Plan, data: Data) -> tuple[Blocks, list
     found: Blocks = {}
     sgd = SGD(flat.weights, flat.gradients, flat.runs(), executor.backend, OPTIM)
     for number in range(STEPS):
+        poison(executor)
         forward_backward(executor, data, number)
         found |= {f"step {number}: {name}": block for name, block in blocks(executor).items()}
         sgd.step(OPTIM.lr)

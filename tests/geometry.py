@@ -136,8 +136,9 @@ def pool(draw: Draw, average: bool = False) -> Drawn:
         layer = AvgPool(number(tuple(kernel)), step, tuple(padding), ceil, count_padding=draw(st.booleans()))
     else:
         layer = MaxPool(number(tuple(kernel)), step, tuple(padding), number(tuple(dilation)), ceil)
-    used = kernel if step is None else stride
-    counts = layer.output_shape(shape)[1:-1]
-    for k, s, d, (before, _), n, count in zip(kernel, used, dilation, padding, extents, counts, strict=True):
-        assume(all(any(0 <= o * s - before + t * d < n for t in range(k)) for o in range(count)))
+    if max(dilation) > 1:  # else a window that begins within the input has some of it
+        used = kernel if step is None else stride
+        counts = layer.output_shape(shape)[1:-1]
+        for k, s, d, (before, _), n, count in zip(kernel, used, dilation, padding, extents, counts, strict=True):
+            assume(all(any(0 <= o * s - before + t * d < n for t in range(k)) for o in range(count)))
     return layer, (shape,)

@@ -107,7 +107,7 @@ CASES = {
     "network of other inputs": Case(
         ("inputs x (20, 5)", "x (20, 17, 15, 1)", "fit each other"), model="other.py:build"
     ),
-    "labels as numbers": Case(("inputs", "y (20,)", "of integers", "fit each other"), model="floats.py:build"),
+    "labels as numbers": Case(("layer loss", "y holds numbers", "integer=True"), model="floats.py:build"),
     "option of the wrong kind": Case(("model.options", "mlp", "int"), words=("model.options.hidden=5",), model="mlp"),
     "network that is none": Case(("none.py:build", "returned NoneType", "Graph"), model="none.py:build"),
     "plan file missing": Case(("none.json", "read"), words=("plan.grid=none.json",)),

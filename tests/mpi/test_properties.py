@@ -26,20 +26,11 @@ from hpctrain.layers.pool import GlobalAvgPoolOp
 from hpctrain.partition import Partition, volume
 from hpctrain.planner.layout import layouts
 
-CASES = dict.fromkeys(GEOMETRIES, 3) | {
-    "conv": 16,
-    "conv, periodic": 6,
-    "conv, reflect": 6,
-    "conv, groups": 8,
-    "conv, depthwise": 4,
-    "conv, periodic, groups": 3,
-    "transposed conv": 10,
-    "transposed conv, groups": 4,
-    "max pool": 6,
-    "avg pool": 6,
-    "reshape": 6,
-    "concat": 4,
-    "slice": 4,
+CASES = dict.fromkeys(GEOMETRIES, 7) | {
+    "conv": 18,
+    "conv, groups": 12,
+    "transposed conv": 12,
+    "transposed conv, groups": 10,
 }
 """Cases of each kind for every number of ranks."""
 LEAST = 400

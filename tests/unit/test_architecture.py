@@ -13,7 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hpctrain"
 
 LEVELS = {
-    0: ("partition", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment", "durable", "memory"),
+    0: (
+        *("partition", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment"),
+        *("durable", "memory"),
+    ),
     1: ("comm", "backends"),
     2: ("layers", "optim"),
     3: ("graph", "models", "importers"),

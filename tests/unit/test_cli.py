@@ -57,7 +57,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "words",
     [
-        *(["--help"], ["demo", "--help"], ["train", "--help"], ["data", "--help"], ["data", "make", "--help"]),
+        *(
+            ["--help"],
+            ["demo", "--help"],
+            ["train", "--help"],
+            ["verify", "--help"],
+            ["data", "--help"],
+            ["data", "make", "--help"],
+        ),
         *(["data", "import", "--help"], ["data", "inspect", "--help"], ["doctor", "--help"]),
     ],
 )
@@ -77,7 +84,7 @@ def test_help_imports_next_to_nothing(words: list[str], tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_status() -> None:
     text = hpctrain("--help").stdout
-    for word in ("demo", "train", "data", "doctor", "75 stopped on purpose"):
+    for word in ("demo", "train", "verify", "data", "doctor", "1 verify found a difference", "75 stopped on purpose"):
         assert word in " ".join(text.split())
 
 
@@ -93,6 +100,8 @@ def test_version() -> None:
         ([], "required: COMMAND"),
         (["tain"], "invalid choice: 'tain'"),
         (["train", "--epochs", "3"], "unrecognized arguments: --epochs"),
+        (["verify", "net.toml", "--steps", "0"], "expected a whole number, at least 1, not '0'"),
+        (["verify", "net.toml", "--plan", "p.json", "--grid", "batch=2"], "not allowed with argument --plan"),
         (["demo", "digits", "more"], "unrecognized arguments: more"),
         (["demo", "--ranks", "0"], "expected a whole number, at least 1, not '0'"),
         (["data", "make", "cats", "x"], "invalid choice: 'cats'"),
@@ -126,6 +135,7 @@ def test_dry_run_shows_config_and_plan_without_mpi(folder: Path) -> None:
     assert "momentum = 0.5" in text
     assert 'precision = "float32"' in text
     assert any(re.search(r"conv1 +Conv +16 x 28 x 28 x 6 +batch=2 x height=2", line) for line in text)
+    assert any(re.fullmatch(r"# memory by the plan: rank \d needs most, [\d.]+ MiB \(tensors .*\)", t) for t in text)
     layers = json.loads(last)["results"]
     assert {
         "layer": "conv1",

@@ -21,7 +21,7 @@ from hpctrain.layers.loss import LOSS, WEIGHT
 from hpctrain.partition import Shape, extent, whole, within
 from hpctrain.regions import Wanted
 
-CASES = dict.fromkeys(GEOMETRIES, 8) | {"conv": 24, "transposed conv": 16, "max pool": 16, "avg pool": 16}
+CASES = dict.fromkeys(GEOMETRIES, 10) | {"conv": 30, "transposed conv": 30, "max pool": 50, "avg pool": 50}
 """Cases of each kind."""
 LEAST = 200
 WITHOUT = (Dropout,)

@@ -139,9 +139,9 @@ def test_room_of_the_host_is_not_more_than_it_has() -> None:
 def test_memory_error_is_explained() -> None:
     with (
         pytest.raises(
-            PlanError, match=r"rank 3 is out of memory.*by the plan it needs 12 MiB.*larger plan.grid"
+            PlanError, match=r"out of memory, within .*by the plan rank 1 needs 12 MiB,.*larger plan.grid"
         ) as error,
-        process.explained(3, lambda: "12 MiB"),
+        process.explained(lambda: "rank 1 needs 12 MiB"),
     ):
         raise MemoryError("Unable to allocate")
     assert isinstance(error.value.__cause__, MemoryError)

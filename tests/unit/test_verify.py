@@ -83,7 +83,7 @@ def test_budget_too_small_names_the_layer_and_what_it_needs() -> None:
     x = net.add("wide", Dense(50_000), net.input("x", (4, 1000)))
     net.add("loss", MSE(), x, net.input("y", (4, 50_000)))
     with pytest.raises(
-        PlanError, match=r"layer wide: on the smallest inputs.*needs \d+ MiB; give --budget \d+"
+        PlanError, match=r"layer wide: on the smallest inputs.*needs [\d.]+ MiB; give --budget \d+"
     ) as said:
         list(samples(net, uniform(net, Partition(batch=2)), MIB, "float64"))
     budget = int(str(said.value).split()[-1])
