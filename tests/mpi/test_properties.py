@@ -26,7 +26,7 @@ from hpctrain.layers.pool import GlobalAvgPoolOp
 from hpctrain.partition import Partition, volume
 from hpctrain.planner.layout import layouts
 
-CASES = dict.fromkeys(GEOMETRIES, 7) | {
+CASES = dict.fromkeys(GEOMETRIES, 6) | {
     "conv": 18,
     "conv, groups": 12,
     "transposed conv": 12,
@@ -126,8 +126,8 @@ def found_failure(comm: Any, kind: str, seed: int) -> str:
     return message
 
 
-@pytest.mark.parallel([2, 3])
-def test_wrong_number_is_found_in_a_small_case(comm: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parallel([3])
+def test_wrong_number_is_found(comm: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over the positions of a block, where it should be over all."""
     right = GlobalAvgPoolOp.__init__
 
@@ -138,11 +138,11 @@ def test_wrong_number_is_found_in_a_small_case(comm: Any, seed: int, monkeypatch
     monkeypatch.setattr(GlobalAvgPoolOp, "__init__", wrong)
     message = found_failure(comm, "global avg pool", seed)
     if comm.rank == 0:
-        assert "GlobalAvgPool()" in message.splitlines()[2 if "pre0" not in message else 4]
         assert "step 0: layer: rank 0 has" in message
+        assert "  layer: GlobalAvgPool() of " in message
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel([2])
 @pytest.mark.parametrize("way", ["__init__", "forward", "backward"])
 def test_exception_on_one_rank_is_a_verdict(comm: Any, way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(ReLUOp, way)
