@@ -211,7 +211,7 @@ class Executor:
 
     def _exchanges(self) -> dict[tuple[str, int | None], Exchange]:
         found = {}
-        for i, edge in enumerate(edges(self.graph, self.plan)):
+        for i, edge in enumerate(edges(self.graph, self.plan, self.layouts)):
             fill = 0.0 if edge.slot is None else self.graph[edge.consumer].layer.fill
             dtype = np.dtype(np.int64) if edge.integer else self.dtype
             backward = edge.gradient or edge.slot is None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -46,11 +47,23 @@ class Cut:
         """Coordinates whose interval is not empty."""
         return frozenset(i for i, (start, stop) in enumerate(self.intervals) if start < stop)
 
+    @cached_property
+    def _ascending(self) -> tuple[list[int], list[int]] | None:
+        """Starts and stops, if neither ever falls and nothing is folded: those that meet are found by bisection."""
+        starts, stops = [start for start, _ in self.intervals], [stop for _, stop in self.intervals]
+        rising = not self.folded and starts == sorted(starts) and stops == sorted(stops)
+        return (starts, stops) if rising else None
+
     def meeting(self, start: int, stop: int) -> frozenset[int]:
         """Coordinates that hold something of [start, stop)."""
-        return frozenset(
-            i for i in self.occupied if any(max(s.start, start) < min(s.stop, stop) for s in self.segments(i))
-        )
+        if start >= stop:
+            return frozenset()
+        if self._ascending is None:
+            parts = ((i, segment) for i in self.occupied for segment in self.segments(i))
+            return frozenset(i for i, segment in parts if max(segment.start, start) < min(segment.stop, stop))
+        starts, stops = self._ascending
+        found = range(bisect_right(stops, start), bisect_left(starts, stop))
+        return frozenset(i for i in found if i in self.occupied)
 
 
 class Share(NamedTuple):
@@ -182,15 +195,7 @@ class Distribution(Region):
 
     def _cut(self, n: int, axes: Iterable[str]) -> Cut:
         axes = tuple(axis for axis in axes if self.partition[axis] > 1)
-        intervals: list[Interval] = [(0, n)]
-        for axis in axes:
-            parts = self.partition[axis]
-            intervals = [
-                (start + a, start + b)
-                for start, stop in intervals
-                for a, b in (split(stop - start, parts, i) for i in range(parts))
-            ]
-        return Cut(axes, tuple(intervals))
+        return _evenly(n, axes, tuple(self.partition[axis] for axis in axes))
 
     @property
     def replicated_axes(self) -> tuple[str, ...]:
@@ -201,6 +206,19 @@ class Distribution(Region):
     def is_first_replica(self, rank: int) -> bool:
         """Whether `rank` is the one that stands for its replicas: coordinate 0 on every replicated axis."""
         return rank < self.partition.size and self.partition.index(self.replicated_axes, rank) == 0
+
+
+@lru_cache(maxsize=4096)
+def _evenly(n: int, axes: tuple[str, ...], parts: tuple[int, ...]) -> Cut:
+    """range(n) in balanced blocks, each again by the next axis. Many tensors of a network share it: ranks are many."""
+    intervals: list[Interval] = [(0, n)]
+    for count in parts:
+        intervals = [
+            (start + a, start + b)
+            for start, stop in intervals
+            for a, b in (split(stop - start, count, i) for i in range(count))
+        ]
+    return Cut(axes, tuple(intervals))
 
 
 @dataclass(frozen=True)
@@ -222,6 +240,11 @@ FILL, WRAP, REFLECT = "fill", "wrap", "reflect"
 """What stands where a needed interval leaves the array: a constant, the array again, or the array reversed."""
 
 
+def unchanged(start: int, stop: int) -> Interval:
+    """The same interval."""
+    return start, stop
+
+
 @dataclass(frozen=True)
 class Along:
     """A tensor's interval along one dim, as a function of a dim of a layer's work: reach(start, stop).
@@ -230,7 +253,7 @@ class Along:
     """
 
     dim: int | tuple[int, ...]
-    reach: Callable[..., Interval] = lambda start, stop: (start, stop)
+    reach: Callable[..., Interval] = unchanged
     border: str = FILL
 
     @property
@@ -263,6 +286,8 @@ def _touched(work: Distribution, along: Along | None, n: int) -> Cut:
     if along is None:
         return Cut((), ((0, n),))
     cuts = [work.cuts[d] for d in along.dims]
+    if along.reach is unchanged and cuts[0].intervals[-1][1] <= n:
+        return cuts[0]
     intervals = []
     for blocks in product(*(cut.intervals for cut in cuts)):
         at = blocks[0][0]

@@ -10,13 +10,17 @@ backward the consumer's op writes `bwd.src` and the producer's reads `bwd.dst`. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
+from mpi4py.util import dtlib
 
 from hpctrain.partition import Box, contains, extent, volume, within
 from hpctrain.regions import Region, Share, owners
+
+MOST_ELEMENTS = 2**31 - 1
+"""Of one message, before MPI 4: counts are C ints."""
 
 Copy = tuple[np.ndarray, np.ndarray]
 """(to, from): two views of one shape."""
@@ -53,12 +57,25 @@ class Way:
         self._clear = add and not np.shares_memory(src, dst)
         self._out = [_message(peer, views, direct=True) for peer, views in sends]
         self._in = [_message(peer, views, direct=not add) for peer, views in recvs]
-        self._requests: list[MPI.Prequest] = [comm.Recv_init(m.buffer, m.peer, tag) for m in self._in]
-        self._requests += [comm.Send_init(m.buffer, m.peer, tag) for m in self._out]
+        self._types: list[MPI.Datatype] = []
+        self._requests: list[MPI.Prequest] = [comm.Recv_init(self._spec(m.buffer), m.peer, tag) for m in self._in]
+        self._requests += [comm.Send_init(self._spec(m.buffer), m.peer, tag) for m in self._out]
         self.bytes_per_transfer = sum(m.buffer.nbytes for m in self._out)
         """What this rank sends to others at each `start`."""
         self.bytes_sent = 0
         """What this rank has sent so far."""
+
+    def _spec(self, buffer: np.ndarray) -> np.ndarray | list[Any]:
+        """`buffer` as MPI takes it: where its elements are too many to be counted, as one element of a large type."""
+        if buffer.size <= MOST_ELEMENTS:
+            return buffer
+        element = dtlib.from_numpy_dtype(buffer.dtype)
+        runs, rest = divmod(buffer.size, MOST_ELEMENTS)
+        run = element.Create_contiguous(MOST_ELEMENTS)
+        offset = runs * MOST_ELEMENTS * buffer.itemsize
+        self._types.append(MPI.Datatype.Create_struct([runs, rest], [0, offset], [run, element]).Commit())
+        run.Free()
+        return [buffer, 1, self._types[-1]]
 
     def reserve(self) -> np.ndarray:
         """The array to write before `start`."""
@@ -99,7 +116,9 @@ class Way:
         """Release the persistent requests."""
         for request in self._requests:
             request.Free()
-        self._requests = []
+        for datatype in self._types:
+            datatype.Free()
+        self._requests, self._types = [], []
 
 
 class Exchange:

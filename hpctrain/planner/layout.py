@@ -86,9 +86,10 @@ class Edge:
     gradient: bool
 
 
-def edges(graph: Graph, plan: Plan) -> list[Edge]:
-    """Every transfer of one training step, in the order the executor makes them forward."""
-    places, varied, needed, found = layouts(graph, plan), differentiable(graph), useful(graph), []
+def edges(graph: Graph, plan: Plan, places: Mapping[str, Layout] | None = None) -> list[Edge]:
+    """Every transfer of one training step, in the order the executor makes them forward; `places` are the layouts."""
+    places = layouts(graph, plan) if places is None else places
+    varied, needed, found = differentiable(graph), useful(graph), []
     for name, place in places.items():
         for slot, (source, want) in enumerate(zip(place.node.inputs, place.inputs, strict=True)):
             layer = graph[source].layer

@@ -38,7 +38,7 @@ class Traffic:
 def traffic(executor: Executor, steps: int) -> list[Traffic]:
     """Every edge, after `steps` steps forward and backward; on rank 0, elsewhere nothing. Collective."""
     graph, rank, found = executor.graph, executor.rank, []
-    moved = edges(graph, executor.plan)
+    moved = edges(graph, executor.plan, executor.layouts)
     for edge in moved:
         exchange = executor.exchanges[edge.consumer, edge.slot]
         fwd, bwd = exchange.fwd.bytes_sent, 0 if exchange.bwd is None else exchange.bwd.bytes_sent

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transfers import Posted, Transfer, backward, common, distribution, forward, random_transfer, whole_numbers, wishes
 
+from hpctrain.comm import exchange as exchange_module
 from hpctrain.comm.exchange import Exchange
 from hpctrain.partition import Partition, extent, volume, whole
 from hpctrain.regions import Cut, Distribution, Wanted, received, sent
@@ -44,6 +45,28 @@ def test_random_boxes_equal_brute_force_both_ways(comm: Any, dtype: str, seed: i
         exchange.free()
     print(f"seed {seed}, {ROUNDS} cases, {moved} bytes from this rank")
     assert (comm.allreduce(moved) > 0) == (comm.size > 1)
+
+
+@pytest.mark.parallel([2, 3])
+def test_messages_of_more_elements_than_MPI_counts(comm: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limit at 7 elements instead of 2**31 - 1; a real one takes 8 GiB."""
+    monkeypatch.setattr(exchange_module, "MOST_ELEMENTS", 7)
+    large = 0
+    for number in range(ROUNDS):
+        rng = np.random.default_rng([seed, number])
+        transfer = random_transfer(rng, comm.size)
+        array = whole_numbers(rng, transfer.shape)
+        gradients = [whole_numbers(rng, extent(transfer.want.box(r))) for r in range(comm.size)]
+        exchange = Exchange(comm, transfer.have, transfer.want, np.dtype(np.float64))
+        assert exchange.bwd is not None
+        mine = transfer.have.box(comm.rank)
+        exchange.fwd.reserve()[...] = array[mine]
+        np.testing.assert_array_equal(exchange.fwd.run(), forward(transfer, array, comm.rank, 0.0))
+        exchange.bwd.reserve()[...] = gradients[comm.rank]
+        np.testing.assert_array_equal(exchange.bwd.run(), backward(transfer, gradients)[mine])
+        large += exchange.fwd.bytes_per_transfer > 8 * 7
+        exchange.free()
+    assert comm.allreduce(large) > ROUNDS // 4
 
 
 @pytest.mark.parallel([1, 2, 3, 4])

@@ -277,6 +277,17 @@ def test_what_is_sent_and_received_counts_all_pairs_of_boxes(seed: int) -> None:
     assert moved > ROUNDS
 
 
+def test_tensors_cut_alike_share_their_intervals() -> None:
+    """A network has hundreds of them, a job thousands of ranks."""
+    partition = Partition(batch=4096, channel=2)
+    one = Distribution((8192, 7, 6), ("batch", None, "channel"), partition)
+    other = Distribution((8192, 9, 6), ("batch", None, "channel"), partition)
+    read = wanted(one, (Along(0), Along(1), Along(2)), one.shape)
+    assert one.cuts[0] is other.cuts[0] is read.cuts[0]
+    assert one.cuts[2] is other.cuts[2] is read.cuts[2]
+    assert read.cuts[0].meeting(11, 14) == {5, 6}
+
+
 def test_cut_knows_where_it_is_occupied() -> None:
     cut = Cut(("batch",), ((0, 2), (2, 2), (-1, 5), (7, 9)))
     assert cut.occupied == {0, 2, 3}
