@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.errors import CheckpointError, ConfigError, HpctrainError, LaunchError
+from hpctrain.request import RunRequest, grid_override, require_ranks
 
 if TYPE_CHECKING:
     from hpctrain.comm.world import World
-    from hpctrain.config import Config
 
 STATUSES = (
-    "exit status: 0 good, 1 verify found a difference, 2 bad input, 3 lost a rank, 75 stopped on purpose and resumable"
+    "exit status: 0 good, 1 verify found a difference, 2 bad input, 3 lost a rank (where hpctrain can still say so; "
+    "mpirun itself gives 128 + signal), 70 a bug: please report, 75 stopped on purpose and resumable"
 )
 
 
@@ -32,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can be handled
-    except HpctrainError as error:
+    except BrokenPipeError:  # `hpctrain data inspect FOLDER | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
         from hpctrain.comm.launchers import refuse
 
         return refuse(error)
-    except BrokenPipeError:  # `hpctrain data inspect FOLDER | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return status
 
 
@@ -61,7 +62,9 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from hpctrain import dryrun
 
-        return dryrun.run(request.load(), args.json)
+        return dryrun.run(request.load(), request.words, args.plan_out, args.json)
+    if args.plan_out:
+        args.parser.error("--plan-out needs --dry-run; a run writes its plan into its folder")
     if not launch.under_launcher():
         require_ranks(request.load(), 1)
 
@@ -87,8 +90,10 @@ def verify(args: argparse.Namespace) -> int:
 
     request = RunRequest(args)
     request.overrides += [f"train.precision={args.precision}", f"train.backend={args.backend}"]
-    if args.plan or args.grid:
-        request.overrides.append(f"plan.grid={json.dumps(args.plan) if args.plan else f'{{{args.grid}}}'}")
+    if args.plan:
+        request.overrides.append(f"plan.grid={json.dumps(args.plan)}")
+    if args.grid is not None:
+        request.overrides.append(grid_override(args.grid))
     if not launch.under_launcher():
         require_ranks(request.load(), 1)
     from hpctrain.comm.world import all_ranks, run_spmd
@@ -104,69 +109,6 @@ def verify(args: argparse.Namespace) -> int:
         return verification.run(world, config, options)
 
     return run_spmd(on_each_rank)
-
-
-class RunRequest:
-    """What the words of `hpctrain train` or `verify` ask for: a config file or a run folder, and overrides."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        words, command = list(args.words), args.command
-        # `--resume` takes the next word, which may have been meant as the config or an override.
-        if args.resume and not os.path.isdir(args.resume) and (args.resume.endswith(".toml") or "=" in args.resume):
-            words.insert(0, args.resume)
-            args.resume = ""
-        self.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-        files = [word for word in words if word not in self.overrides]
-        if len(files) > 1:
-            raise ConfigError(
-                f"{command}: one config at a time, not {' '.join(files)}; an override is section.key=value"
-            )
-        self.resuming = args.resume is not None
-        self.run = Path(args.resume) if args.resume else None
-        if files:
-            self.path = Path(files[0])
-        elif self.run:  # which then goes on in its own folder, wherever that is by now
-            self.path = self.run / "config.toml"
-            self.overrides.insert(0, f"run.folder={json.dumps(str(self.run))}")
-        else:
-            or_resume = ", or --resume RUN to continue one" if command == "train" else ""
-            raise ConfigError(f"{command}: which run? give CONFIG.toml{or_resume}")
-
-    def load(self) -> Config:
-        """The config: that of CONFIG, or of the run folder to resume. Raises ConfigError or CheckpointError."""
-        from hpctrain import config
-
-        if self.run and self.path.parent == self.run and not self.path.is_file():
-            raise CheckpointError(f"{self.run}: not a run folder, it has no config.toml; {_runs_near(self.run)}")
-        return config.load(self.path, self.overrides)
-
-    def resume(self, config: Config) -> Path | None:
-        """The run folder to continue, or None to start anew."""
-        if not self.resuming:
-            return None
-        return self.run or Path(config.run.folder)
-
-
-def _runs_near(folder: Path) -> str:
-    found = sorted(path.parent for path in folder.parent.glob("*/config.toml"))
-    return f"there are {', '.join(map(str, found[-4:]))}" if found else "give the folder that the run named at its end"
-
-
-def require_ranks(config: Config, size: int) -> None:
-    """Raises LaunchError, with the line to paste, where the plan of `config` is for more than `size` ranks."""
-    from hpctrain import launch
-
-    grid = config.plan.grid
-    if isinstance(grid, str):
-        from hpctrain.planner import plan
-
-        ranks, asked = plan.load(Path(grid)).ranks, grid
-    else:
-        ranks, asked = grid.partition.size, f"plan.grid: {grid.partition}"
-    if ranks > size:
-        there = f"{size} were started" if launch.under_launcher() else "no launcher started this process"
-        line = launch.command_line(ranks, sys.argv[1:])
-        raise LaunchError(f"{asked} needs {ranks} ranks, but {there}; give a smaller grid, or:\n{line}")
 
 
 def data_make(args: argparse.Namespace) -> int:
@@ -192,8 +134,8 @@ def data_import(args: argparse.Namespace) -> int:
     if len(sources) not in (1, 2):
         args.parser.error("give X.npy Y.npy FOLDER, or XY.npz FOLDER")
     y = sources[1] if len(sources) == 2 else None
-    options = {"channels": args.channels, "classes": args.classes, "names": tuple(args.names), "like": args.like}
-    index = import_arrays(sources[0], y, folder, **options)
+    options = {"channels": args.channels, "classes": args.classes, "ignore": args.ignore}
+    index = import_arrays(sources[0], y, folder, **options, names=tuple(args.names), like=args.like)
     print(f"{folder}: {index.samples} samples in {len(index.shards)} shards")
     return 0
 
@@ -251,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="the config, and changes to it")
     sub.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue from a run folder's checkpoint")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, and leave")
+    sub.add_argument("--plan-out", type=Path, metavar="PLAN.json", help="with --dry-run: write the plan, to be edited")
     _json(sub)
 
     sub = _command(commands, "verify", verify, "check that a plan computes what one rank computes")
@@ -283,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("paths", nargs="+", type=Path, metavar="X.npy Y.npy FOLDER", help="or XY.npz FOLDER")
     sub.add_argument("--channels", choices=("last", "first", "none"), default="last", help="where x has its channels")
     sub.add_argument("--classes", type=_positive, help="number of classes (default: largest label + 1)")
+    sub.add_argument("--ignore", type=int, metavar="LABEL", help="label that counts for nothing, such as 255 or -1")
     sub.add_argument("--names", nargs="+", default=[], help="names of the values in y")
     sub.add_argument("--like", type=Path, help="folder of the training data that this is a test set for")
 

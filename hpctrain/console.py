@@ -139,6 +139,11 @@ def _wrap(text: str) -> str:
     return "\n".join([*wrapped, last] if last else wrapped)
 
 
+def wrapped(text: str, prefix: str = "") -> str:
+    """`text` in lines that fit every terminal, each with `prefix`."""
+    return textwrap.fill(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
+
+
 def can_draw() -> bool:
     """Whether stdout is a terminal on which a line can be drawn over.
 

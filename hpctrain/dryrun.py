@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hpctrain import launch, prepare
 from hpctrain.config import Config, to_toml
-from hpctrain.console import print_json
+from hpctrain.console import print_json, wrapped
+from hpctrain.data.files import write_atomic
 
 
-def run(config: Config, as_json: bool) -> int:
-    """Print the resolved config, what every layer would become, and the memory of the plan, without starting MPI."""
+def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bool) -> int:
+    """Print the resolved config, what every layer would become, and the memory of the plan, without starting MPI.
+
+    The last line runs it: `words` are those of the command line that asks for that. The plan goes to `plan_out` too.
+    """
     data, _ = prepare.open_datasets(config)
     graph = prepare.build_graph(config, data)
     plan = prepare.make_plan(config, graph)
@@ -25,13 +30,16 @@ def run(config: Config, as_json: bool) -> int:
         for node in graph
     ]
     print(to_toml(config))
-    print("\n".join(f"# {note}" for note in plan.notes))
+    print("\n".join(wrapped(note, "# ") for note in plan.notes))
     width = max(len(layer["layer"]) for layer in layers)
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
     print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
-    print(f"# {launch.command_line(plan.ranks, ['train', *[w for w in sys.argv[2:] if w != '--dry-run']])}")
+    if plan_out is not None:
+        write_atomic(plan_out, plan.to_json().encode())
+        print(f"# plan written to {plan_out}")
+    print(f"# {launch.command_line(plan.ranks, words)}")
     if as_json:
         print_json("train", layers)
     return 0

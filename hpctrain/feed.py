@@ -83,7 +83,10 @@ class Feed:
             if wrong.any():
                 rows = wrong.reshape(len(wrong), -1).any(axis=1)
                 ids = self.batches.ids(epoch, step)[0][self.loader.y_box[0]][rows]
+                label, remedy = targets[wrong][0], "mend the data or the network"
+                if label == self.data.ignore:
+                    remedy = f"the data set ignores this label: give layer {loss.name} ignore=sample.ignore"
                 raise DataError(
-                    f"{self.data.folder}: label {targets[wrong][0]} of {self.name(ids.tolist()[:1])}, but the network "
-                    f"has {outputs} outputs (labels 0 to {outputs - 1}); mend the data or the network"
+                    f"{self.data.folder}: label {label} of {self.name(ids.tolist()[:1])}, but the network "
+                    f"has {outputs} outputs (labels 0 to {outputs - 1}); {remedy}"
                 )

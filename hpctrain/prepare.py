@@ -24,7 +24,7 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     if config.data.test is None:
         return train, None
     test = Dataset(Path(config.data.test), config.data.normalize)
-    for what in ("x_shape", "y_shape", "classes"):
+    for what in ("x_shape", "y_shape", "classes", "ignore"):
         if getattr(train, what) != getattr(test, what):
             raise DataError(
                 f"{test.folder}: {what} {getattr(test, what)}, but {train.folder} has {getattr(train, what)}; "
@@ -37,7 +37,8 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
 def build_graph(config: Config, data: Dataset) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
     labels = data.classes is not None
-    sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape), data.y_shape if labels else ())
+    positions = data.y_shape if labels else ()
+    sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape), positions, data.ignore)
     try:
         graph = models.build(config.model.name, config.train.batch, sample, config.model.options)
     except PlanError as error:
@@ -69,7 +70,10 @@ def make_plan(config: Config, graph: Graph) -> Plan:
     """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError."""
     if isinstance(config.plan.grid, str):
         found = plans.load(Path(config.plan.grid))
-        found.check(graph)
+        try:
+            found.check(graph)
+        except PlanError as error:
+            raise PlanError(f"{config.plan.grid}: {error}") from None
         return replace(found, allreduce=config.plan.allreduce or found.allreduce)
     return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce or "ring")
 

@@ -12,7 +12,7 @@ import numpy as np
 from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
 from hpctrain.comm.world import STOPPED, World, agree, all_ranks
 from hpctrain.config import Config
-from hpctrain.console import Console, print_json
+from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.order import Batches
 from hpctrain.errors import HpctrainError, NumericsError
@@ -291,11 +291,11 @@ class Trainer:
     def _describe(self, backend: str) -> None:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
-        self.console.note(f"{self.world.size} ranks, {what}, {self.plan.allreduce} allreduce; {backend}")
+        self.console.note(wrapped(f"{self.world.size} ranks, {what}, {self.plan.allreduce} allreduce; {backend}"))
         self.console.note(self.usage.heading())
         if short := self.usage.warning():
             self.console.warn(short)
         if self.plan.ranks < self.world.size:
             self._warn(f"the plan uses {self.plan.ranks} of {self.world.size} ranks; the others idle")
         for line in self.plan.notes:
-            self.console.note(line)
+            self.console.note(wrapped(line))

@@ -25,7 +25,7 @@ from networks import ONE, Data, draw, single
 from hpctrain.backends.reference import Reference
 from hpctrain.executor import Executor
 from hpctrain.graph import Graph, Node
-from hpctrain.layers import BCEWithLogits, Dice, Input, Phase, Place, SoftmaxCrossEntropy
+from hpctrain.layers import BCEWithLogits, Dice, Input, Loss, Phase, Place
 from hpctrain.optim import SGD
 from hpctrain.partition import Partition, Shape, names
 from hpctrain.planner.layout import differentiable, edges, layouts, sent_bytes
@@ -105,7 +105,7 @@ def data_of(case: Case) -> Data:
         target = data.inputs.get(loss.inputs[1])
         if target is None:
             continue
-        if isinstance(loss.layer, SoftmaxCrossEntropy) and loss.layer.ignore is not None:
+        if isinstance(loss.layer, Loss) and loss.layer.ignore is not None:
             target[rng.random(target.shape) < 0.3] = loss.layer.ignore
         elif isinstance(loss.layer, BCEWithLogits | Dice) and target.dtype.kind == "f":
             target[...] = 1 / (1 + np.exp(-2 * target))

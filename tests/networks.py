@@ -143,6 +143,7 @@ LAYERS: dict[str, tuple[Shape, Layer]] = {
     "huber 2d": ((3, 5, 3, 2), Huber(delta=0.4)),
     "bce 3d": ((2, 5, 3, 4, 3), BCEWithLogits()),
     "dice 2d": ((3, 5, 4, 3), Dice()),
+    "dice 2d, one label ignored": ((3, 5, 4, 3), Dice(ignore=1)),
     "dice 3d without background": ((2, 3, 5, 4, 3), Dice(smooth=0.1, background=False)),
 }
 """Input shape and layer; odd sizes, so that no axis cuts into equal blocks by luck."""

@@ -246,11 +246,13 @@ def huber(layer: Huber, x: Tensor, target: Tensor, reduction: str) -> Tensor:
 def dice(layer: Dice, x: Tensor, target: Tensor, reduction: str) -> Tensor:
     labels, classes = target.ndim < x.ndim, x.shape[-1]
     p = torch.softmax(x, -1) if labels else torch.sigmoid(x)
-    t = F.one_hot(target, classes).to(x.dtype) if labels else target
+    kept = target != layer.ignore if labels and layer.ignore is not None else torch.ones(x.shape[:-1], dtype=torch.bool)
+    t = F.one_hot(torch.where(kept, target, 0), classes).to(x.dtype) if labels else target
+    p, t = p * kept[..., None], t * kept[..., None]
     p, t = (values.reshape(len(x), -1, classes) for values in (p, t))
     quotient = (2 * (p * t).sum(1) + layer.smooth) / (p.sum(1) + t.sum(1) + layer.smooth)
     loss = 1 - quotient[:, 0 if layer.background else 1 :].mean(dim=1)
-    return loss if reduction == "none" else loss.mean()
+    return loss if reduction == "none" else loss[kept.reshape(len(x), -1).any(dim=1)].mean()
 
 
 LOSSES: dict[type[Layer], Callable[[Any, Tensor, Tensor, str], Tensor]] = {

@@ -212,11 +212,12 @@ def huber(draw: Draw) -> Drawn:
 
 @st.composite
 def dice(draw: Draw, labels: bool = True) -> Drawn:
-    """Labels, or targets of each class."""
+    """Labels, some ignored, or targets of each class."""
     background = draw(st.booleans())
     shape = tensor(draw)
     shape = (*shape[:-1], max(shape[-1], 1 if background else 2))
-    return Dice(some_of(draw, 1.0, 1e-2), background), (shape, shape[:-1] if labels else shape)
+    ignore = some_of(draw, None, 0, 255, -100) if labels else None
+    return Dice(some_of(draw, 1.0, 1e-2), background, ignore), (shape, shape[:-1] if labels else shape)
 
 
 # --- all of them --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from hpctrain.errors import HpctrainError, LaunchError
 
 LOST_RANK = 3
 """Exit status when another rank died."""
+
+BUG = 70
+"""Exit status after an exception that nobody expected (EX_SOFTWARE)."""
 
 STOPPED = 75
 """Exit status of a run that stopped on purpose and can be resumed (EX_TEMPFAIL)."""
@@ -71,18 +75,34 @@ def check_size(by: Launched | None, size: int, library: str, library_path: str) 
         raise LaunchError(_mixed(by, library, library_path, f"MPI's size is {size} in each"))
 
 
-def refuse(error: HpctrainError) -> int:
+def refuse(error: Exception) -> int:
     """Leave before MPI has started: print `error`, once for all processes, and return its exit status.
 
-    One process speaks; the others give it a second, since launchers end all when the first one leaves.
+    One process speaks; the others give it a second, since launchers end all when the first one leaves. A bug that only
+    others met is told by these.
     """
     by = launched(os.environ)
-    if by is None or by.rank == 0:
-        sys.stderr.write(f"hpctrain: error: {error}\n")
-        sys.stderr.flush()
-    else:
+    others = by is not None and by.rank > 0
+    if others:
         time.sleep(1)
-    return error.exit_status
+    if not (others and isinstance(error, HpctrainError)):
+        sys.stderr.write(describe(error))
+        sys.stderr.flush()
+    return status_of(error)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a process that ends with `error`."""
+    return error.exit_status if isinstance(error, HpctrainError) else BUG
+
+
+def describe(error: BaseException, who: str = "") -> str:
+    """What to print of `error`, met by `who`: our own as a message, any other with its traceback."""
+    if isinstance(error, HpctrainError):
+        return f"hpctrain: error: {who}{error}\n"
+    if isinstance(error, SystemExit):
+        return f"hpctrain: {who}left with {error}\n"
+    return f"hpctrain: {who}uncaught exception, please report it:\n{''.join(traceback.format_exception(error))}"
 
 
 def _mixed(by: Launched, library: str, library_path: str, what: str) -> str:

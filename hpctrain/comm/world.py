@@ -23,7 +23,7 @@ from functools import cache
 from types import TracebackType
 from typing import NoReturn, cast
 
-from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, launched, refuse
+from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, describe, launched, refuse, status_of
 from hpctrain.comm.launchers import STOPPED as STOPPED
 from hpctrain.comm.signals import STOP, StopSignal
 from hpctrain.errors import HpctrainError, LaunchError
@@ -106,7 +106,9 @@ def _finalize() -> None:
         MPI.Finalize()
 
 
-def _abort_on_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+def _abort_on_exception(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> NoReturn:
     """The excepthook of every thread: an exception that nobody catches would leave the other ranks waiting for ever."""
     error = error or kind()
     _say(error, f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}: ")
@@ -156,6 +158,10 @@ def run_spmd(main: Callable[[World], int]) -> int:
         world = start()
     except LaunchError as refused:
         return refuse(refused)
+    except Exception as raised:
+        if MPI.Is_initialized():  # the others may wait in what failed here
+            _abort_on_exception(type(raised), raised, raised.__traceback__)
+        raise
     error: BaseException | None = None
     try:
         status = main(world)
@@ -164,7 +170,10 @@ def run_spmd(main: Callable[[World], int]) -> int:
         error = leave if status else None
     except BaseException as raised:
         status, error = _status(raised), raised
-    return _leave(world, status, error)
+    try:
+        return _leave(world, status, error)
+    except BaseException as raised:
+        _abort_on_exception(type(raised), raised, raised.__traceback__)
 
 
 def _leave(world: World, status: int, error: BaseException | None) -> int:
@@ -216,20 +225,12 @@ def _fingerprint(error: BaseException | None) -> bytes:
 
 
 def _status(error: BaseException) -> int:
-    if isinstance(error, HpctrainError):
-        return error.exit_status
     lost = isinstance(error, MPI.Exception) and error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED)
-    return LOST_RANK if lost else 1
+    return LOST_RANK if lost else status_of(error)
 
 
 def _say(error: BaseException, who: str = "") -> None:
-    """Print `error` to stderr in one write: our own as a message, any other with its traceback."""
+    """Print `error` to stderr in one write."""
     sys.stdout.flush()
-    if isinstance(error, HpctrainError):
-        text = f"hpctrain: error: {who}{error}\n"
-    elif isinstance(error, SystemExit):
-        text = f"hpctrain: {who}left with {error}\n"
-    else:
-        text = f"hpctrain: {who}uncaught exception\n{''.join(traceback.format_exception(error))}"
-    sys.stderr.write(text)
+    sys.stderr.write(describe(error, who))
     sys.stderr.flush()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from msgspec import UNSET
 
 from hpctrain.data.files import as_bytes, read_runs
 from hpctrain.data.index import Index, ShardEntry, extents, read_index
@@ -26,9 +27,10 @@ class Dataset:
     """A folder of shards; its index and file structures are checked on construction (DataError names file and reason).
 
     One sample is x (*x_shape), channels last, and y (*y_shape), () for a class label. `classes` is the number of
-    classes, None for values. `mean`, `std` (channels,) float64 are of the training data in stored units; with
-    `normalize`, read_x gives (x - mean) / std, where a channel that never varies is divided by 1. `names[i]`'s value
-    in its own units is y[i] * y_scale[i] + y_offset[i]. `bytes_read` counts bytes read from the files so far.
+    classes, None for values; `ignore` the label that counts for nothing, or None. `mean`, `std` (channels,) float64 are
+    of the training data in stored units; with `normalize`, read_x gives (x - mean) / std, where a channel that never
+    varies is divided by 1. `names[i]`'s value in its own units is y[i] * y_scale[i] + y_offset[i]. `bytes_read` counts
+    bytes read from the files so far.
     """
 
     def __init__(self, folder: Path, normalize: bool = True) -> None:
@@ -40,6 +42,7 @@ class Dataset:
         self.x_shape, self.x_dtype = layout.x_shape, np.dtype(layout.x_dtype)
         self.y_shape, self.y_dtype = layout.y_shape, np.dtype(layout.y_dtype)
         self.classes = layout.classes
+        self.ignore = None if layout.ignore is UNSET else layout.ignore
         self.names = tuple(target.name for target in layout.targets)
         self.y_offset = np.array([target.offset for target in layout.targets])
         self.y_scale = np.array([target.scale for target in layout.targets])
@@ -71,10 +74,12 @@ class Dataset:
         box = whole(self.y_shape) if box is None else box
         y = self._staged("y", ids, box, out)
         if self.classes is not None and y.size and not 0 <= y.min() <= y.max() < self.classes:
-            wrong = ((y < 0) | (y >= self.classes)).reshape(len(y), -1).any(axis=1)
-            raise DataError(
-                f"{self.where(ids[wrong.argmax()])}: a label outside 0 to {self.classes - 1}; write the data set again"
-            )
+            wrong = self.index.layout.wrong_labels(y).reshape(len(y), -1).any(axis=1)
+            if wrong.any():
+                raise DataError(
+                    f"{self.where(ids[wrong.argmax()])}: a label outside 0 to {self.classes - 1}; write the data set "
+                    "again"
+                )
         np.copyto(out, y, casting="same_kind")
 
     def sample_ids(self, ids: np.ndarray) -> np.ndarray:
@@ -226,6 +231,7 @@ def inspect(folder: Path, verify: bool = False) -> list[dict[str, Any]]:
         "x": f"{extents(layout.x_shape)} {layout.x_dtype}",
         "y": f"{extents(layout.y_shape)} {layout.y_dtype}",
         "classes": layout.classes,
+        "ignore": None if layout.ignore is UNSET else layout.ignore,
         "names": [target.name for target in layout.targets],
         "mean": list(index.mean),
         "std": list(index.std),

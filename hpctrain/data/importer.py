@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from msgspec import UNSET
 
 from hpctrain.data.index import DTYPES, Index, Layout, Target, extents, read_index
 from hpctrain.data.writer import PIECE_BYTES, SHARD_BYTES, Chunk, write_shards
@@ -26,6 +27,7 @@ def import_arrays(
     *,
     channels: Channels = "last",
     classes: int | None = None,
+    ignore: int | None = None,
     names: tuple[str, ...] = (),
     like: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -34,10 +36,10 @@ def import_arrays(
 
     x is (N, H, W, C) or (N, D, H, W, C) with `channels` "last"; "first" has C after N; "none" has no C and gets one
     channel. Integer y are labels, (N,) or one for each point of x, or of its middle, of `classes` classes (None: the
-    largest + 1).
-    Float y are values, (N,) or (N, K), which `names` may name. `like` is the folder of the training data when this is
-    other data: its mean, std and classes are taken. Sample ids count from 0. Raises DataError naming the file, and
-    the sample where one is not finite or its label out of range.
+    largest + 1); label `ignore` counts for nothing, and need not be a class. Float y are values, (N,) or (N, K), which
+    `names` may name. `like` is the folder of the training data when this is other data: its mean, std, classes and
+    ignored label are taken. Sample ids count from 0. Raises DataError naming the file, and the sample where one is not
+    finite or its label out of range.
     """
     x_path, y_source = Path(x_path), Path(y_path or x_path)
     x, y = _load_npz(x_path) if y_path is None else (_load_npy(x_path), _load_npy(y_source))
@@ -55,15 +57,23 @@ def import_arrays(
         )
     if not labels and y.ndim == 1:
         y = y[:, None]
+    if not labels and ignore is not None:
+        raise DataError(
+            f"{y_source}: y is {y.dtype}: values, not labels, so --ignore {ignore} says nothing; leave it out"
+        )
     statistics = None
     if like is not None:
         training = read_index(Path(like))
         _require_same_kind(training, x, y, Path(like), x_path)
         statistics, classes = (training.mean, training.std), training.layout.classes
+        ignore = _ignored_by(training, ignore, Path(like))
     if labels and classes is None:
-        classes = int(y.max()) + 1
+        classes = _count_classes(y, ignore, y_source)
     targets = tuple(Target(name) for name in names)
-    layout = Layout(x.shape[1:], x.dtype.name, y.shape[1:], y.dtype.name, classes, targets)
+    ignored = UNSET if ignore is None else ignore
+    layout = Layout(x.shape[1:], x.dtype.name, y.shape[1:], y.dtype.name, classes, targets, ignored)
+    if labels and layout.problem() is None:
+        _require_classes(y, layout, y_source, like)
     chunks = _chunks(x, y, layout)
     return write_shards(out_folder, chunks, layout, len(x), shard_bytes=shard_bytes, statistics=statistics)
 
@@ -89,6 +99,52 @@ def _require_same_kind(training: Index, x: np.ndarray, y: np.ndarray, like: Path
         raise DataError(
             f"{path}: samples are x {extents(found[0])}, y {extents(found[1])} {y.dtype}; the training data {like} has "
             f"x {extents(expected.x_shape)}, y {extents(expected.y_shape)} {expected.y_dtype}; give data of one kind"
+        )
+
+
+def _ignored_by(training: Index, ignore: int | None, like: Path) -> int | None:
+    """The label that the training data ignore, which `ignore` must not contradict."""
+    found = training.layout.ignore
+    if ignore is not None and ignore != found:
+        has = "no label" if found is UNSET else f"label {found}"
+        raise DataError(f"--ignore {ignore}, but the training data {like} ignore {has}; import both with one --ignore")
+    return None if found is UNSET else found
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def _label_parts(y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of its first sample, some labels), over all of y, which may be larger than memory."""
+    step = max(1, PIECE_BYTES // max(1, y[0].nbytes))
+    for start in range(0, len(y), step):
+        yield start, y[start : start + step]
+
+
+def _count_classes(y: np.ndarray, ignore: int | None, path: Path) -> int:
+    """The largest label that is not ignored, + 1. Raises DataError where there is none."""
+    kept = (part if ignore is None else part[part != ignore] for _, part in _label_parts(y))
+    largest = max((int(part.max()) for part in kept if part.size), default=None)
+    if largest is None:
+        raise DataError(f"{path}: no label that counts for something; give the number of classes, --classes")
+    return largest + 1
+
+
+def _require_classes(y: np.ndarray, layout: Layout, path: Path, like: Path | None) -> None:
+    """Raises DataError on a label that is neither a class nor ignored, saying what would admit it."""
+    for start, part in _label_parts(y):
+        wrong = layout.wrong_labels(part)
+        if not wrong.any():
+            continue
+        sample, label = start + int(wrong.reshape(len(part), -1).any(axis=1).argmax()), int(part[wrong][0])
+        limit = f"--classes {layout.classes}" if like is None else f"{like} has {layout.classes} classes"
+        ways = [f"--classes {label + 1}"] if label >= 0 else []
+        if layout.ignore is UNSET:
+            ways.append(f"--ignore {label} if it is to count for nothing")
+        give = "give" if like is None else "import both with"
+        remedy = f"{give} {', or '.join(ways)}" if ways else f"mend it, as --ignore {layout.ignore} is for one label"
+        raise DataError(
+            f"{path}: label {label} of sample {sample}, but {limit if label >= 0 else 'labels count from 0'}; {remedy}"
         )
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 import xxhash
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hpctrain.data.files import regular_size, write_atomic
 from hpctrain.errors import DataError
@@ -25,6 +25,7 @@ DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int6
 Count = Annotated[int, Meta(ge=1)]
 Offset = Annotated[int, Meta(ge=0)]
 Counts = tuple[Count, ...]
+Label = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Target(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +45,8 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True):
     y_dtype: str
     classes: Count | None = None  # labels are 0 .. classes - 1; None where y holds values
     targets: tuple[Target, ...] = ()  # one per value of y, or none
+    # The label that counts for nothing. Absent where there is none: so it was in the hash of the first data sets.
+    ignore: Label | UnsetType = UNSET
 
     @property
     def channels(self) -> int:
@@ -54,6 +57,13 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True):
     def x_bytes(self) -> int:
         """Bytes of one sample of x."""
         return prod(self.x_shape) * np.dtype(self.x_dtype).itemsize
+
+    def wrong_labels(self, y: np.ndarray) -> np.ndarray:
+        """Which elements (bool) of labels `y` are neither a class nor the ignored label; none where y holds values."""
+        if self.classes is None:
+            return np.zeros(y.shape, bool)
+        wrong: np.ndarray = (y < 0) | (y >= self.classes)
+        return wrong if self.ignore is UNSET else wrong & (y != self.ignore)
 
     def problem(self) -> str | None:
         """What is wrong with it, or None."""
@@ -69,6 +79,10 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.classes is not None and self.classes < 1:
             return f"classes = {self.classes}; labels count from 0, so give the largest label + 1"
+        if self.ignore is not UNSET and self.classes is None:
+            return f"ignore = {self.ignore}, but y holds values ({self.y_dtype}); only a label can be ignored"
+        if self.ignore is not UNSET and not -(2**63) <= self.ignore < 2**63:
+            return f"ignore = {self.ignore}; give a label within int64"
         if self.targets and len(self.targets) != prod(self.y_shape):
             return f"{len(self.targets)} targets for the {prod(self.y_shape)} values of y; name all of them or none"
         return None

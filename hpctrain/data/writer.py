@@ -39,10 +39,10 @@ def write_shards(
     `shard_bytes` is the most bytes of x in one file. `statistics` are those of the training data when this is other
     data; None measures them here. Raises DataError on a sample that does not fit `layout`, is not finite or has a
     label out of range, on a wrong count, a folder that already holds a data set, or a full disk; then nothing of it
-    is left in `folder`.
+    is left in `folder`, nor `folder` where it is new.
     """
     folder, uuid, moments = Path(folder), uuid or str(uuid4()), Moments(layout.channels)
-    _prepare(folder, layout, samples)
+    made = _prepare(folder, layout, samples)
     per_shard = max(1, shard_bytes // layout.x_bytes)
     shards: list[_ShardFile] = []
     entries: list[ShardEntry] = []
@@ -80,16 +80,22 @@ def write_shards(
         (folder / INDEX).unlink(missing_ok=True)
         for shard in shards:
             shard.discard()
+        for new in made:
+            if not any(new.iterdir()):
+                new.rmdir()
         raise
 
 
-def _prepare(folder: Path, layout: Layout, samples: int) -> None:
+def _prepare(folder: Path, layout: Layout, samples: int) -> list[Path]:
+    """Makes `folder`, and those above it that are missing; returns them, the innermost first."""
     if problem := layout.problem() or (None if samples > 0 else f"{samples} samples; give at least one"):
         raise DataError(f"{folder}: {problem}")
     if (folder / INDEX).exists():
         raise DataError(f"{folder}: already holds a data set; remove it or give another folder")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 def _pieces(chunks: Iterable[Chunk], per_shard: int, at_most: int) -> Iterator[Chunk]:
@@ -121,7 +127,7 @@ def sample_problem(layout: Layout, x: np.ndarray, y: np.ndarray, sample_id: np.n
         if bad.any():
             return f"{name} of sample {sample_id[bad.argmax()]} is not finite (NaN or infinity); repair or leave it out"
     if layout.classes is not None:
-        bad = ((y < 0) | (y >= layout.classes)).reshape(len(y), -1).any(axis=1)
+        bad = layout.wrong_labels(y).reshape(len(y), -1).any(axis=1)
         if bad.any():
             return f"y of sample {sample_id[bad.argmax()]} is a label outside 0 to {layout.classes - 1}"
     return None

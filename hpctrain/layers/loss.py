@@ -36,6 +36,8 @@ class Loss(Layer):
     """What column SCORE, divided by COUNT, is called in the metrics."""
     scale: float
     """The share of the mean loss in the total that is minimised."""
+    ignore: int | None = None
+    """The label that counts for nothing, where there is one."""
 
     def output_shape(self, *x: Shape) -> Shape:
         return (x[0][0], COLUMNS)

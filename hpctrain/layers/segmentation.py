@@ -21,15 +21,17 @@ from hpctrain.partition import Shape, extent
 class Dice(Loss):
     """1 - (2 sum of p t + smooth) / (sum of p + sum of t + smooth) per sample and class, then the mean over classes.
 
-    Logits (N, ..., K) with integer labels (N, ...): p is their softmax, t 1 where the label is the class (a label
-    outside [0, K) is of none). With a target of the logits' shape p is their sigmoid and t the target. Without
-    `background` class 0 is left out. The score is the coefficient 2 |P and T| / (|P| + |T|) of what is predicted (the
-    largest logit; or logits above 0 and targets above 0.5), 1 for a class that neither is predicted nor occurs.
+    Logits (N, ..., K) with integer labels (N, ...): p is their softmax, t 1 where the label is the class. Positions of
+    label `ignore` are left out of all sums, and samples of nothing else out of the mean over samples. With a target of
+    the logits' shape p is their sigmoid and t the target. Without `background` class 0 is left out. The score is the
+    coefficient 2 |P and T| / (|P| + |T|) of what is predicted (the largest logit; or logits above 0 and targets above
+    0.5), 1 for a class that neither is predicted nor occurs.
     """
 
     score: ClassVar[str] = "dice"
     smooth: float = 1.0
     background: bool = True
+    ignore: int | None = None
     scale: float = 1.0
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -38,6 +40,11 @@ class Dice(Loss):
             raise PlanError(
                 f"dice: logits {logits} and target {target}; it takes (N, ..., K), and labels (N, ...) or a target of "
                 f"the same shape"
+            )
+        if self.ignore is not None and target == logits:
+            raise PlanError(
+                f"dice: ignore = {self.ignore} with a target {target} of the logits' shape; it is for labels "
+                f"{logits[:-1]}: give these, or leave ignore out"
             )
         if self.smooth < 0:
             raise PlanError(f"dice: smooth = {self.smooth}; give 0 or more")
@@ -53,7 +60,9 @@ class Dice(Loss):
 
     def invalid(self, target: Array, classes: int) -> Array:
         wrong: Array = np.logical_or(target < 0, target >= classes)
-        return wrong if target.dtype.kind in "iu" else np.zeros_like(wrong)
+        if target.dtype.kind not in "iu":
+            return np.zeros_like(wrong)
+        return wrong if self.ignore is None else wrong & (target != self.ignore)
 
     def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
         return 3 * itemsize * prod(x[0])
@@ -87,9 +96,11 @@ class DiceOp:
         y.fill(0)
         if self.comm is None or self.comm.rank == 0:
             hit, guessed, true = predicted
+            # of labels one class is predicted at each position that counts
+            counts = guessed.any(axis=1) if self.labels else np.ones(self.samples, bool)
             y[:, LOSS] = 1 - _quotient(self.overlap, self.either)[:, self.first :].mean(axis=1)
-            y[:, SCORE] = _quotient(2 * hit, guessed + true)[:, self.first :].mean(axis=1)
-            y[:, WEIGHT] = y[:, COUNT] = 1
+            y[:, SCORE] = _quotient(2 * hit, guessed + true)[:, self.first :].mean(axis=1) * counts
+            y[:, WEIGHT] = y[:, COUNT] = counts
 
     def _sums(self, x: Array, target: Array) -> Array:
         """Of this rank's positions, per sample and class: p t; p + t; predicted and true; predicted; true."""
@@ -97,6 +108,10 @@ class DiceOp:
             self.backend.softmax(x, self.p)
             every = np.arange(self.classes)
             true, guessed = target[..., None] == every, x.argmax(axis=-1)[..., None] == every
+            if self.layer.ignore is not None:
+                ignored = target == self.layer.ignore
+                self.p[ignored] = 0  # which leaves them without gradient, too
+                true[ignored] = guessed[ignored] = False
             self.t[...] = true
         else:
             self.backend.activate("sigmoid", x, self.p)

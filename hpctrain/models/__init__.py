@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Collection, Mapping
+import os
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.graph import Graph
 from hpctrain.layers import MSE, SoftmaxCrossEntropy
 from hpctrain.partition import Shape
@@ -38,13 +41,15 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 class Sample:
     """What one sample of a dataset looks like: x channels last; y a label among `classes`, or `values` numbers.
 
-    `positions` are the extents of y where it holds a label for each position, () where it is one label.
+    `positions` are the extents of y where it holds a label for each position, () where it is one label. Label `ignore`
+    counts for nothing: a loss of labels takes it as its own `ignore`.
     """
 
     shape: Shape
     classes: int | None = None
     values: int = 0
     positions: Shape = ()
+    ignore: int | None = None
 
     @property
     def outputs(self) -> int:
@@ -66,7 +71,7 @@ def finish(net: Graph, x: str, sample: Sample) -> Graph:
     batch = net[x].shape[0]
     if sample.classes is not None:
         labels = net.input("y", (batch, *sample.positions), integer=True)
-        net.add("loss", SoftmaxCrossEntropy(), x, labels)
+        net.add("loss", SoftmaxCrossEntropy(ignore=sample.ignore), x, labels)
     else:
         net.add("loss", MSE(), x, net.input("y", (batch, sample.values)))
     return net
@@ -102,11 +107,12 @@ def build(name: str, batch: int, sample: Sample, options: Mapping[str, Any]) -> 
     if unknown and len(accepted) == len(parameters):
         takes = ", ".join(accepted) or "no options"
         raise ConfigError(f"model.options.{unknown[0]}: {name} has no such option; it takes {takes}")
+    if ":" in name:
+        with _explained(name.rsplit(":", 1)[0]):
+            return builder(batch, sample, **options)
     try:
         return builder(batch, sample, **fixed, **options)
     except (TypeError, ValueError) as error:
-        if ":" in name:  # the user's own code: a traceback says more
-            raise
         raise ConfigError(f"model.options = {dict(options)}: {name} cannot be built: {error}") from error
 
 
@@ -115,7 +121,38 @@ def _from_file(path: str, function: str) -> Any:
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"model.name: no Python file {path}; paths are relative to the current folder")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _explained(path):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ConfigError(f"model.name: {path} has no function {function}(batch, sample, **options)")
     return getattr(module, function)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns what the user's code in `path` raises into a ConfigError with file and line, and then the traceback.
+
+    Errors on purpose (a layer that does not fit) say all that there is to say, and stay.
+    """
+    try:
+        yield
+    except (HpctrainError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(_where(path, error)) from error
+
+
+def _where(path: str, error: Exception) -> str:
+    frames, own = traceback.extract_tb(error.__traceback__), os.path.abspath(path)
+    theirs = [i for i, frame in enumerate(frames) if os.path.abspath(frame.filename) == own]
+    line, what = (frames[theirs[-1]].lineno if theirs else None), str(error)
+    if isinstance(error, SyntaxError):
+        line, what = line or error.lineno, error.msg
+    at = path if line is None else f"{path}, line {line}"
+    text = f"{at}: {type(error).__name__}: {' '.join(what.split())}"
+    if line is None:  # called in a way that it does not take
+        return text
+    shown = traceback.format_list(frames[theirs[0] :]) if theirs else []  # not the frames that lead to theirs
+    return "".join([f"{text}\nTraceback (most recent call last):\n", *shown, *traceback.format_exception_only(error)])[
+        :-1
+    ]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import BatchNorm, Concat, Conv, ConvTranspose, MaxPool, ReLU, Slice
+from hpctrain.layers import BatchNorm, Concat, Conv, ConvTranspose, GroupNorm, InstanceNorm, Layer, MaxPool, ReLU, Slice
 from hpctrain.models import Sample, finish, one_of, start
+
+NORMS = ("batch", "group", "instance", "none")
+
+GROUPS = 8
+"""Groups of channels of a group norm, or as many as divide both 8 and the channels."""
 
 
 def build(
@@ -13,7 +20,7 @@ def build(
     sample: Sample,
     filters: int = 32,
     levels: int = 4,
-    norm: bool = True,
+    norm: bool | str = True,
     padding: str = "same",
 ) -> Graph:
     """Logits (N, D, H, W, classes) for a volume; `filters` in the first convolution, twice as many at every level.
@@ -24,10 +31,15 @@ def build(
 
     Published are 19,069,955 parameters for 3 channels and 3 classes: kernels, a bias for every 3x3x3 convolution and
     for the last one. `norm=False` has exactly these. With `norm` the biases are batch norm's shifts, and its 2,336
-    scales come on top. Raises ValueError on another padding or no levels, PlanError on labels of another shape.
+    scales come on top. `norm` is "batch" (the same as true), "group" (of 8 groups), "instance", or "none" (false):
+    group and instance norm do not depend on the batch, which large volumes keep small. Raises ValueError on another
+    norm or padding or no levels, PlanError on labels of another shape.
     """
     if levels < 1:
         raise ValueError(f"levels = {levels}; give 1 or more")
+    if isinstance(norm, bool):
+        norm = "batch" if norm else "none"
+    one_of("norm", norm, NORMS)
     net, x = start(batch, sample)
     same = one_of("padding", padding, ("same", "valid")) == "same"
     skips = []
@@ -60,12 +72,18 @@ def build(
     return finish(net, x, sample)
 
 
-def _conv(net: Graph, name: str, i: int, filters: int, norm: bool, same: bool, x: str) -> str:
-    """A 3x3x3 convolution, batch norm and ReLU."""
-    x = net.add(f"{name}conv{i}", Conv(filters, kernel=3, padding=1 if same else 0, bias=not norm), x)
-    if norm:
-        x = net.add(f"{name}norm{i}", BatchNorm(), x)
+def _conv(net: Graph, name: str, i: int, filters: int, norm: str, same: bool, x: str) -> str:
+    """A 3x3x3 convolution, norm and ReLU."""
+    x = net.add(f"{name}conv{i}", Conv(filters, kernel=3, padding=1 if same else 0, bias=norm == "none"), x)
+    if norm != "none":
+        x = net.add(f"{name}norm{i}", _norm(norm, filters), x)
     return net.add(f"{name}relu{i}", ReLU(), x)
+
+
+def _norm(norm: str, filters: int) -> Layer:
+    if norm == "group":
+        return GroupNorm(gcd(GROUPS, filters))
+    return BatchNorm() if norm == "batch" else InstanceNorm()
 
 
 def _crop(net: Graph, name: str, x: str, like: str) -> str:

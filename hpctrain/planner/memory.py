@@ -13,12 +13,34 @@ from hpctrain.backends.reference import Reference
 from hpctrain.backends.windows import COLUMN_BYTES
 from hpctrain.config import Config
 from hpctrain.graph import Graph
-from hpctrain.layers import BatchNorm, Conv, ConvTranspose, GroupNorm, Input, InstanceNorm, LayerNorm
+from hpctrain.layers import (
+    GELU,
+    AvgPool,
+    BatchNorm,
+    BCEWithLogits,
+    Conv,
+    ConvTranspose,
+    Dice,
+    Dropout,
+    GroupNorm,
+    Huber,
+    Input,
+    InstanceNorm,
+    LayerNorm,
+    Softmax,
+    SoftmaxCrossEntropy,
+)
+from hpctrain.layers.activation import Activation
+from hpctrain.layers.loss import Elementwise
+from hpctrain.layers.resample import Resample
 from hpctrain.memory import mib
 from hpctrain.partition import Box, Shape, contains, extent, volume
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
 from hpctrain.regions import Share, owners
+
+FLOAT64 = 8
+"""Bytes of what is summed or divided in double precision."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,8 @@ def predict(
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
     """
-    places, moved, itemsize = layouts(graph, plan), edges(graph, plan), np.dtype(precision).itemsize
+    places, itemsize = layouts(graph, plan), np.dtype(precision).itemsize
+    moved = edges(graph, plan, places)
     return {
         rank: _of_rank(graph, places, moved, rank, itemsize, optimizer_arrays, backend)
         for rank in (range(plan.ranks) if ranks is None else ranks)
@@ -153,15 +176,44 @@ def _contiguous(box: Box, array: Shape, flipped: tuple[bool, ...]) -> bool:
 
 
 def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
-    """Bytes of the temporaries of one layer: convolutions are unfolded, and `reference` writes formulas in NumPy."""
+    """Bytes of the temporaries of one layer, as measured: the arrays of NumPy formulas, those in float64 included.
+
+    Compiled kernels have none, but `native` inherits every operation that is not in its list COMPILED.
+    """
     layer, x, work = place.node.layer, place.inputs[0].box(rank), place.work.box(rank)
     output = volume(place.output.box(rank))
-    if isinstance(layer, Conv | ConvTranspose):
-        taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
-        positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
-        return min(COLUMN_BYTES, taps * volume(positions) * volume(channels) * itemsize) + output * itemsize
-    if backend != "reference":
-        return 0
-    if isinstance(layer, BatchNorm | GroupNorm | InstanceNorm | LayerNorm):
-        return 4 * 8 * output  # statistics are float64, and so are the four terms of the gradient
-    return max(output, *(volume(want.box(rank)) for want in place.inputs)) * itemsize
+    inputs = [volume(want.box(rank)) for want in place.inputs]
+    compiled, largest = backend == "native", max(output, *inputs)
+    match layer:
+        case Conv() | ConvTranspose():  # unfolded
+            taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
+            positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
+            return min(COLUMN_BYTES, taps * volume(positions) * volume(channels) * itemsize) + output * itemsize
+        case BatchNorm() if compiled:  # the only norm whose statistics are one number per channel
+            return 0
+        case LayerNorm():
+            return (3 * FLOAT64 + 2 * itemsize) * output
+        case BatchNorm() | GroupNorm() | InstanceNorm():
+            return 3 * FLOAT64 * output
+        case SoftmaxCrossEntropy():  # shifted logits, and seven numbers per position
+            return itemsize * inputs[0] + 7 * FLOAT64 * volume(x[:-1])
+        case Dice() | Elementwise():
+            return _LOSS_ARRAYS.get(type(layer), 2) * itemsize * inputs[0]
+        case Softmax() | Resample():
+            return 2 * itemsize * largest
+        case Dropout():  # random numbers
+            return 2 * FLOAT64 * output
+        case AvgPool():
+            return itemsize * output
+        case _ if compiled:
+            return 0
+        case GELU():  # the error function goes through Python's floats
+            return (8 * FLOAT64 + 2 * itemsize) * output
+        case Activation():
+            return 4 * itemsize * output
+        case _:
+            return itemsize * largest
+
+
+_LOSS_ARRAYS = {BCEWithLogits: 3, Huber: 4}
+"""Arrays as large as the predictions that a loss of elements takes, where they are not 2."""

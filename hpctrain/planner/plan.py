@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from hpctrain.comm.allreduce import TABLE as ALLREDUCES
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, names
 
 VERSION = 1
+
+FEW = 6
+"""Layers up to which a note names each."""
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,6 +66,8 @@ class Plan:
             raise PlanError(
                 f"{source}: plan version {found.version}, this program reads {VERSION}; make the plan again"
             )
+        if found.allreduce not in ALLREDUCES:
+            raise PlanError(f"{source}: allreduce = {found.allreduce!r}; choose one of {', '.join(ALLREDUCES)}")
         partitions = {}
         for name, parts in found.layers.items():
             try:
@@ -70,10 +78,13 @@ class Plan:
 
     def check(self, graph: Graph) -> None:
         """Raises PlanError, naming layer, axis and what would work, where a layer cannot be cut as planned."""
-        if missing := [node.name for node in graph if node.name not in self.partitions]:
-            raise PlanError(f"plan: no partition for layer {missing[0]}; make the plan again for this network")
         if unknown := [name for name in self.partitions if name not in graph.nodes]:
-            raise PlanError(f"plan: no layer {unknown[0]} in this network; it has {', '.join(graph.nodes)}")
+            near = get_close_matches(unknown[0], graph.nodes, 1)
+            remedy = f"did you mean {near[0]}?" if near else "remove it from the plan"
+            raise PlanError(f"no layer {unknown[0]} in this network of {len(graph.nodes)} layers; {remedy}")
+        if missing := [node.name for node in graph if node.name not in self.partitions]:
+            others = f" nor {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise PlanError(f'no partition for layer {missing[0]}{others}; add "{missing[0]}": {{}} (one rank)')
         for node in graph:
             limits = extents(node)
             if isinstance(node.layer, Input) and not graph.consumers(node.name):
@@ -84,22 +95,7 @@ class Plan:
                         f"layer {node.name}: {axis}={parts} cuts nothing of it; it can be cut along {', '.join(limits)}"
                     )
             if not self.empty_blocks:
-                self._check_blocks(node)
-
-    def _check_blocks(self, node: Node) -> None:
-        """Raises PlanError where a dim of a layer's work has fewer elements than it is cut into blocks."""
-        partition = self.partitions[node.name]
-        for n, axes in _dims(node):
-            blocks = prod(partition[axis] for axis in axes)
-            if blocks > n:
-                asked = ", ".join(f"{axis}={partition[axis]}" for axis in axes if partition[axis] > 1)
-                most = f"{axes[0]}={n}" if len(axes) == 1 else f"{n} blocks along {' and '.join(axes)} together"
-                kind, shape = type(node.layer).__name__, " x ".join(map(str, node.shape))
-                raise PlanError(
-                    f"layer {node.name} ({kind}, output {shape}): {asked} cuts {n} elements into {blocks} blocks, "
-                    f"some of them empty; at most {most}, or write "
-                    '"empty_blocks": true into the plan if idle ranks are meant'
-                )
+                require_blocks(node, self.partitions[node.name])
 
 
 def load(path: Path) -> Plan:
@@ -108,6 +104,21 @@ def load(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read: {error}") from None
+
+
+def require_blocks(node: Node, partition: Partition) -> None:
+    """Raises PlanError where a dim of a layer's work has fewer elements than `partition` cuts it into blocks."""
+    for n, axes in _dims(node):
+        blocks = prod(partition[axis] for axis in axes)
+        if blocks > n:
+            asked = ", ".join(f"{axis}={partition[axis]}" for axis in axes if partition[axis] > 1)
+            most = f"{axes[0]}={n}" if len(axes) == 1 else f"{n} blocks along {' and '.join(axes)} together"
+            kind, shape = type(node.layer).__name__, " x ".join(map(str, node.shape))
+            raise PlanError(
+                f"layer {node.name} ({kind}, output {shape}): {asked} cuts {n} elements into {blocks} blocks, "
+                f"some of them empty; at most {most}, or write "
+                '"empty_blocks": true into the plan if idle ranks are meant'
+            )
 
 
 def extents(node: Node) -> dict[str, int]:
@@ -132,8 +143,12 @@ def uniform(graph: Graph, grid: Partition, allreduce: str = "ring") -> Plan:
     for name, (partition, why) in fitted.items():
         if why:
             changed.setdefault((partition, why), []).append(name)
-    notes = tuple(f"{grid} -> {to} for {', '.join(names)}: {why}" for (to, why), names in changed.items())
+    notes = tuple(f"{grid} -> {to} for {_listed(layers)}: {why}" for (to, why), layers in changed.items())
     return Plan({name: partition for name, (partition, _) in fitted.items()}, allreduce, notes=notes)
+
+
+def _listed(layers: Sequence[str]) -> str:
+    return ", ".join(layers) if len(layers) <= FEW else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
 
 
 def _fit(grid: Partition, node: Node) -> tuple[Partition, str]:

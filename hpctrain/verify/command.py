@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from hpctrain import backends, memory, prepare
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config
-from hpctrain.console import Console, print_json
+from hpctrain.console import Console, print_json, wrapped
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
 from hpctrain.partition import Partition
@@ -60,7 +60,7 @@ def run(world: World, config: Config, options: Options) -> int:
         chosen = list(samples(graph, plan, options.budget, train.precision)) if options.sample_layers else []
     console.note(table.heading(config, graph, plan, world.size, options.steps, chosen))
     for line in plan.notes:
-        console.note(table.wrapped(line))
+        console.note(wrapped(line))
     if not options.sample_layers:
         _require_room(world, config, graph, plan)
     alone = cast("MPI.Intracomm", world.comm.Split(world.rank))

@@ -78,11 +78,27 @@ class Run:
 
 
 def draw(graph: Graph, node: Node, seed: int, step: int, box: Box) -> Array:
-    """`box` of a batch of input `node`: labels among the classes, targets of losses in [0, 1), or standard normal."""
+    """`box` of a batch of input `node`: labels, targets of losses in [0, 1), or standard normal.
+
+    Labels are among the classes; where losses ignore one, 1 in 8 is that one.
+    """
     name = f"{node.name}.verify.{step}"
     users = graph.consumers(node.name)
     if isinstance(node.layer, Input) and node.layer.integer:
         classes = min(graph[user.inputs[0]].shape[-1] for user, _ in users)
-        return (randomness.words(seed, name, node.shape, box) % np.uint64(classes)).astype(np.int64)
+        labels = (randomness.words(seed, name, node.shape, box) % np.uint64(classes)).astype(np.int64)
+        if (ignore := ignored(graph, node)) is not None:
+            labels[randomness.words(seed, f"{name}.ignored", node.shape, box) % np.uint64(8) == 0] = ignore
+        return labels
     target = all(isinstance(user.layer, Loss) and slot > 0 for user, slot in users)
     return (randomness.uniform if target else randomness.normal)(seed, name, node.shape, box)
+
+
+def ignored(graph: Graph, node: Node) -> int | None:
+    """A label that some loss of labels `node` ignores and none of them refuses; None where there is none."""
+    losses = [(user.layer, graph[user.inputs[0]].shape[-1]) for user, _ in graph.consumers(node.name)]
+    found = [(layer, classes) for layer, classes in losses if isinstance(layer, Loss)]
+    for ignore in (layer.ignore for layer, _ in found):
+        if ignore is not None and not any(layer.invalid(np.array([ignore]), n).any() for layer, n in found):
+            return ignore
+    return None

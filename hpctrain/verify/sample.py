@@ -17,7 +17,7 @@ from hpctrain.layers.base import Op
 from hpctrain.memory import MIB, mib
 from hpctrain.partition import AxisNames, Partition, Shape, names
 from hpctrain.planner import memory
-from hpctrain.planner.plan import Plan, extents
+from hpctrain.planner.plan import Plan, require_blocks
 
 STRIDES = 12
 """Extents keep their remainder by this while they can: what is left over by strides of 2, 3, 4 and 6."""
@@ -111,19 +111,12 @@ def _build(graph: Graph, plan: Plan, node: Node, shapes: Sequence[Shape]) -> tup
     cuts[node.name] = plan.partitions[node.name]
     net.add(node.name, node.layer, *node.inputs)
     if not plan.empty_blocks:
-        _require_blocks(net[node.name], cuts[node.name])
+        require_blocks(net[node.name], cuts[node.name])  # empty ones would not be in the user's network
     if not isinstance(node.layer, Loss):
         target = net.input(f"target of {node.name}", net[node.name].shape)
         net.add(f"loss of {node.name}", MSE(), node.name, target)
         cuts |= {target: Partition(), f"loss of {node.name}": Partition()}
     return net, Plan(cuts, plan.allreduce, empty_blocks=True)
-
-
-def _require_blocks(node: Node, partition: Partition) -> None:
-    """Raises PlanError where a block would be empty that is not in the user's network."""
-    for axis, most in extents(node).items():
-        if partition[axis] > most:
-            raise PlanError(f"{axis}={partition[axis]} of {most} elements")
 
 
 def _fit(graph: Graph, plan: Plan, node: Node, budget: int, precision: str, alike: tuple[str, ...]) -> Sample:

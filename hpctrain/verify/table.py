@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from hpctrain import memory
 from hpctrain.config import Config
-from hpctrain.console import WIDTH
+from hpctrain.console import WIDTH, wrapped
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, Shape
@@ -249,11 +249,6 @@ def _end(name: str, width: int) -> str:
 
 def _shape(shape: Shape) -> str:
     return " x ".join(map(str, shape))
-
-
-def wrapped(text: str) -> str:
-    """`text` in lines that fit every terminal."""
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

@@ -196,6 +196,36 @@ def test_more_than_one_rank_without_a_launcher(source: Path, tmp_path: Path) -> 
     assert "mpirun -n 2" in ended.stderr
 
 
+def test_heading_of_a_run_fits_every_terminal(source: Path, tmp_path: Path) -> None:
+    grid = "height = 2, contraction = 2"
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", grid, epochs=1, batch=20)
+    ended = runs.train(4, config, "train.backend=native", "train.precision=float32", "train.steps=1")
+    assert ended.status == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("4 ranks, grid height=2 x contraction=2, ring allreduce; native:")
+    assert any(" -> " in line for line in lines)
+    assert max(len(line) for line in lines if str(tmp_path) not in line) < 80
+
+
+def test_plan_that_does_not_fit_names_its_file(source: Path, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 1", batch=20)
+    plan = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "hpctrain", "train", config, "--dry-run"]
+    assert launching.run([*command, "--plan-out", plan], timeout=60).status == 0
+    good = json.loads(plan.read_text())
+    for layers, says in (
+        ({"fc3": None}, 'no partition for layer fc3; add "fc3": {} (one rank)'),
+        ({"fc3": None, "fc33": {}}, "no layer fc33 in this network of 15 layers; did you mean fc3?"),
+        ({"relu1": {"contraction": 2}}, "layer relu1: contraction=2 cuts nothing of it"),
+        ({"conv2": {"height": 20}}, "layer conv2 (Conv"),
+    ):
+        cuts = {name: cut for name, cut in (good["layers"] | layers).items() if cut is not None}
+        plan.write_text(json.dumps(good | {"layers": cuts}))
+        ended = launching.run([*command, f"plan.grid={plan}"], timeout=60)
+        assert ended.status == 2
+        assert f"hpctrain: error: {plan}: {says}" in ended.stderr
+
+
 def test_idle_ranks_are_mentioned(source: Path, tmp_path: Path) -> None:
     config = runs.write_config(tmp_path / "run.toml", source, tmp_path / "run", "batch = 2", epochs=1, batch=20)
     ended = runs.train(3, config)

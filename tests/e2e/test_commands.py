@@ -11,6 +11,8 @@ from pathlib import Path
 import launching
 import pytest
 
+from hpctrain.data.make.digits import make_digits
+
 HPCTRAIN = [sys.executable, "-m", "hpctrain"]
 
 CONFIG = """\
@@ -36,7 +38,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_too_few_ranks(config: Path) -> None:
+def test_too_few_ranks(config: Path, tmp_path: Path) -> None:
+    make_digits(tmp_path)
+    config.write_text(config.read_text().replace("nowhere", str(tmp_path / "train")))
     ended = launching.run([*launching.mpirun(2), *HPCTRAIN, "train", config], timeout=60)
     assert ended.status == 2
     assert ended.stderr.count("plan.grid: batch=2 x height=2 needs 4 ranks, but 2 were started") == 1
@@ -50,8 +54,10 @@ def test_misspelt_key_on_several_ranks(config: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_missing_data_on_several_ranks(config: Path) -> None:
-    ended = launching.run([*launching.mpirun(2), *HPCTRAIN, "train", config, "plan.grid={batch=2}"], timeout=60)
+@pytest.mark.parametrize("grid", ["{batch=2}", "{batch=4}"])
+def test_missing_data_on_several_ranks(config: Path, grid: str) -> None:
+    """On too few ranks too: more of them would not mend it."""
+    ended = launching.run([*launching.mpirun(2), *HPCTRAIN, "train", config, f"plan.grid={grid}"], timeout=60)
     assert ended.status == 2
     assert ended.stderr.count("hpctrain: error: ") == 1
     assert "nowhere" in ended.stderr

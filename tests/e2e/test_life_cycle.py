@@ -59,7 +59,7 @@ w.comm.Barrier()
     ended, _ = run(tmp_path, body)
     over = time.time()
     began = max(float(line.split()[1]) for line in ended.stdout.splitlines() if line.startswith("began"))
-    assert ended.status == 1
+    assert ended.status == 70
     assert over - began < 5
     assert "rank 1 of 3" in ended.stderr
     assert "Traceback" in ended.stderr
@@ -76,7 +76,7 @@ w.comm.Barrier()
 w.comm.recv()
 """
     ended, seconds = run(tmp_path, body)
-    assert ended.status == 1
+    assert ended.status == 70
     assert seconds < 15
     assert "rank 2 of 3" in ended.stderr
     assert "ZeroDivisionError" in ended.stderr
@@ -92,7 +92,7 @@ def test_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
 
 def test_bug_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     ended, _ = run(tmp_path, "raise KeyError(w.rank)")
-    assert ended.status == 1
+    assert ended.status == 70
     assert ended.stderr.count("Traceback") == 1
     assert "MPI_ABORT" not in ended.stderr
 

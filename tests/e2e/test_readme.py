@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import launching
@@ -71,3 +72,20 @@ def test_networks_of_the_readme_and_of_examples(folder: Path, tmp_path: Path) ->
             losses.append([record["loss"] for record in runs.records(run, "step")])
         assert len(losses[0]) == 3
         np.testing.assert_allclose(*losses, rtol=1e-10)
+
+
+def test_plan_of_the_readme(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "net.py").write_text(block("python", "def build"))
+    (tmp_path / "plan.json").write_text(block("json", "version"))
+    net = "model.name=net.py:build"
+    ended = launching.run(runs.command(4, "verify", "run.toml", net, "--plan", "plan.json"), timeout=60, cwd=tmp_path)
+    assert ended.status == 0, ended.stdout + ended.stderr
+    first, second = block("sh", "--plan-out").splitlines()
+    words = first.split()[1:]
+    ended = launching.run([sys.executable, "-m", "hpctrain", *words, net], timeout=60, cwd=tmp_path)
+    assert ended.status == 0, ended.stderr
+    words = second.split("hpctrain ")[1].split()
+    ended = launching.run(runs.command(4, *words, net, "train.steps=2"), timeout=60, cwd=tmp_path)
+    assert ended.status == 0, ended.stderr
+    assert (tmp_path / "runs/run/plan.json").read_text() == (tmp_path / "plan.json").read_text()

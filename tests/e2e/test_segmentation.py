@@ -25,7 +25,7 @@ def build(batch, sample, filters=6):
 
 def with_dice(batch, sample):
     net = build(batch, sample)
-    net.add("dice", Dice(scale=0.5), "out", "y")
+    net.add("dice", Dice(scale=0.5, ignore=sample.ignore), "out", "y")
     return net
 
 
@@ -40,16 +40,23 @@ def ignoring(batch, sample):
 CLASSES = 3
 
 
-def segmentation(folder: Path, positions: tuple[int, ...]) -> Path:
-    """A data set of blurred noise, of which the labels are three levels."""
+def segmentation(folder: Path, positions: tuple[int, ...], ignore: int | None = None) -> Path:
+    """A data set of blurred noise, of which the labels are three levels, a fifth of them `ignore` where that is given.
+
+    Without it they are bytes; with it nobody says how many classes there are.
+    """
     rng, files = np.random.default_rng(7), []
     for part, samples in (("train", 26), ("test", 9)):
         smooth = np.stack([gaussian_filter(rng.normal(size=positions), 1.0) for _ in range(samples)])
         smooth /= smooth.std()
         files = [folder / f"{part}_{name}.npy" for name in "xy"]
         np.save(files[0], (smooth + 0.2 * rng.normal(size=smooth.shape)).astype(np.float32))
-        np.save(files[1], np.digitize(smooth, (-0.5, 0.7)).astype(np.uint8))
+        labels = np.digitize(smooth, (-0.5, 0.7)).astype(np.uint8 if ignore is None else np.int16)
         like = ["--like", folder / "train"] if part == "test" else ["--classes", CLASSES]
+        if ignore is not None:
+            labels[rng.random(labels.shape) < 0.2] = ignore
+            like = like if part == "test" else ["--ignore", ignore]
+        np.save(files[1], labels)
         words = [sys.executable, "-m", "hpctrain", "data", "import", *files, folder / part, "--channels", "none", *like]
         ended = launching.run([str(word) for word in words], timeout=60)
         assert ended.status == 0, ended.stderr
@@ -69,12 +76,19 @@ def train(data: Path, name: str, grid: str, ranks: int, model: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("positions", "model", "grid"),
-    [((13, 11), "build", "height = 2"), ((5, 9, 7), "with_dice", "depth = 2")],
-    ids=["2d", "3d-two-losses"],
+    ("positions", "model", "grid", "ignore"),
+    [
+        ((13, 11), "build", "height = 2", None),
+        ((5, 9, 7), "with_dice", "depth = 2", None),
+        ((13, 11), "with_dice", "height = 2", 255),
+        ((13, 11), "with_dice", "width = 2", -1),
+    ],
+    ids=["2d", "3d-two-losses", "2d-255-ignored", "2d-minus-1-ignored"],
 )
-def test_two_ranks_learn_what_one_does(tmp_path: Path, positions: tuple[int, ...], model: str, grid: str) -> None:
-    data = segmentation(tmp_path, positions)
+def test_two_ranks_learn_what_one_does(
+    tmp_path: Path, positions: tuple[int, ...], model: str, grid: str, ignore: int | None
+) -> None:
+    data = segmentation(tmp_path, positions, ignore)
     one, two = train(data, "one", "batch = 1", 1, model), train(data, "two", grid, 2, model)
     steps = [runs.records(folder, "step") for folder in (one, two)]
     epochs = [runs.records(folder, "epoch") for folder in (one, two)]
@@ -143,6 +157,52 @@ def test_batch_whose_labels_are_all_ignored_changes_nothing(tmp_path: Path) -> N
         assert all(np.isfinite(tensor).all() for tensor in tensors.values())
         found.append(tensors["out.weight"])
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_what_is_labelled_as_ignored_is_without_effect(tmp_path: Path) -> None:
+    """So that it does not matter whether it is 255 or -1."""
+    found = []
+    for name, ignore in (("high", 255), ("low", -1)):
+        (tmp_path / name).mkdir()
+        data = segmentation(tmp_path / name, (13, 11), ignore)
+        found.append(runs.final_tensors(train(data, "run", "height = 2", 2, "with_dice"))[1])
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        np.testing.assert_array_equal(found[1][name], tensor, err_msg=name)
+
+
+def test_verify_draws_ignored_labels(tmp_path: Path) -> None:
+    """A network that counted them on one rank only would differ; this one does not."""
+    data = segmentation(tmp_path, (13, 11), 255)
+    config = runs.write_config(
+        data / "run.toml", data, data / "run", "height = 2", batch=4, model=f"{data}/net.py:with_dice"
+    )
+    ended = launching.run(runs.command(2, "verify", config), timeout=60)
+    assert ended.status == 0, ended.stderr
+    assert "equal" in ended.stdout
+
+
+def test_training_and_test_set_ignore_the_same_label(tmp_path: Path) -> None:
+    data = segmentation(tmp_path, (13, 11), 255)
+    np.save(data / "y.npy", np.zeros((9, 13, 11), np.uint8))
+    words = [
+        "data",
+        "import",
+        data / "test_x.npy",
+        data / "y.npy",
+        data / "other",
+        "--channels",
+        "none",
+        "--classes",
+        3,
+    ]
+    ended = launching.run([sys.executable, "-m", "hpctrain", *map(str, words)], timeout=60)
+    assert ended.status == 0, ended.stderr
+    config = runs.write_config(data / "run.toml", data, data / "run", model=f"{data}/net.py:build")
+    ended = runs.train(1, config, f"data.test={data}/other")
+    assert ended.status == 2
+    message = f"{data}/other: ignore None, but {data}/train has 255; give a test set of the same kind"
+    assert message in ended.stderr
 
 
 def test_network_that_predicts_no_positions_is_refused(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_one_process_without_a_launcher(config: Path) -> None:
         (["--grid", "batch=3"], "plan.grid: batch=3 needs 3 ranks, but 2 were started"),
         (["--grid", "bath=2"], "plan.grid.bath = 2: no such key; did you mean plan.grid.batch?"),
         (["--grid", "depth=2"], "no layer can be cut along depth"),
+        (["--grid", "depth:2"], "--grid depth:2: give axis=blocks, e.g. depth=2,height=2"),
         (["--plan", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--grid", "height=2", "--plan", "p.json"], "not allowed with argument"),
         (["--precision", "float16"], "invalid choice: 'float16'"),
@@ -155,6 +156,14 @@ def test_bad_input_is_refused_by_all_ranks(config: Path, words: list[str], says:
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("hpctrain: error: ") <= 1  # argparse speaks on every rank
+
+
+def test_typo_in_the_network_is_bad_input_and_told_once(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "typo.py").write_text(NET.replace("kernel=3, padding=1), x)", "kernel=3, pading=1), x)", 1))
+    ended = verify(2, config, f"model.name={tmp_path}/typo.py:build")
+    assert ended.status == 2, ended.stdout
+    assert ended.stderr.count("hpctrain: error: ") == ended.stderr.count("Traceback") == 1
+    assert f"hpctrain: error: {tmp_path}/typo.py, line 32: TypeError: " in ended.stderr
 
 
 def test_no_room_for_the_whole_network_names_the_remedy(config: Path) -> None:

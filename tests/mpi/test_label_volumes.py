@@ -91,3 +91,27 @@ def test_label_beyond_the_outputs_is_named_by_the_rank_that_reads_it(comm: Any, 
     allowed = feed(data, network(SoftmaxCrossEntropy(ignore=3), classes=3), comm, Partition(depth=comm.size))
     assert allowed.fill(0, 1) is None
     allowed.executor.free()
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_label_that_the_data_ignore_and_a_loss_does_not(comm: Any, tmp_path: Path, seed: int) -> None:
+    """The message names the layer and how to give it that label; losses that have it take the batch."""
+    folder = comm.bcast(tmp_path)
+    if comm.rank == 0:
+        write(folder, np.random.default_rng(seed), 7, (*SHAPE, 2), "float32", SHAPE, CLASSES, 4, ignore=255)
+    comm.Barrier()
+    data, grid = Dataset(folder), Partition(depth=comm.size)
+    found = feed(data, network(SoftmaxCrossEntropy(ignore=255), Dice()), comm, grid)
+    error = found.fill(0, 1)
+    assert isinstance(error, DataError)
+    assert "label 255 of sample" in str(error)
+    assert "the data set ignores this label: give layer loss1 ignore=sample.ignore" in str(error)
+    found.executor.free()
+    both = feed(data, network(SoftmaxCrossEntropy(ignore=255), Dice(ignore=255)), comm, grid)
+    assert both.fill(0, 1) is None
+    ignored = comm.allreduce(int((both.executor.input("y") == 255).sum()))
+    sums = both.sums(both.executor.forward(), both.weights(0, 1))
+    counted = comm.allreduce(sums.sums["loss0"][COUNT])
+    assert ignored > 0
+    assert counted == BATCH * 5 * 7 * 3 - ignored
+    both.executor.free()

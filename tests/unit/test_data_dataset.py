@@ -210,6 +210,20 @@ def test_labels_out_of_range_are_not_believed(tmp_path, seed) -> None:
         data.read_y(np.array([13, 15]), np.empty(2, np.int64))
 
 
+@pytest.mark.parametrize("ignore", [255, -1])
+def test_ignored_label_is_no_label_out_of_range(tmp_path, seed, ignore: int) -> None:
+    made = data_cases.write(tmp_path, np.random.default_rng(seed), ignore=ignore)
+    data, ids, y = Dataset(tmp_path), np.arange(23), np.empty(23, np.int64)
+    data.read_y(ids, y)
+    np.testing.assert_array_equal(y, made.y)
+    assert ignore in y
+    with open(tmp_path / "shard-00001.h5", "r+b") as file:
+        file.seek(made.index.shards[1].y_offset + 8 * 5)
+        file.write(np.int64(254).tobytes())
+    with pytest.raises(DataError, match=r"sample 14 .*a label outside 0 to 3; write"):
+        data.read_y(ids, y)
+
+
 def test_samples_that_are_not_finite_are_found(tmp_path, seed) -> None:
     """In the box only, in x or y."""
     made = data_cases.write(tmp_path, np.random.default_rng(seed), 23, (9, 7, 5, 1), "float32", (2,), None)

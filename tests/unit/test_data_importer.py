@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import Dataset, inspect
 from hpctrain.data.importer import import_arrays
 from hpctrain.errors import DataError
 from hpctrain.partition import whole
@@ -96,7 +96,8 @@ def test_test_data_take_mean_std_and_classes_of_the_training_data(tmp_path, seed
     np.testing.assert_allclose(data.mean, x[:14].mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(data.std, x[:14].std(axis=(0, 1, 2)))
     assert data.classes == 6
-    with pytest.raises(DataError, match="y of sample 2 is a label outside 0 to 5"):
+    message = "y.npy: label 6 of sample 2, but .*train has 6 classes; import both with --classes 7, or --ignore 6 if"
+    with pytest.raises(DataError, match=message):
         import_arrays(*saved(tmp_path, x[:3], np.array([1, 0, 6])), tmp_path / "high", like=tmp_path / "train")
     for wrong_x, wrong_y in ((x[..., :1], y), (x, y.astype("f4"))):
         message = "the training data .*train has x 5 x 3 x 2, y scalar int64; give data of one kind"
@@ -120,7 +121,7 @@ def spoilt(array: np.ndarray, at: tuple[int, ...], value: float) -> np.ndarray:
         (spoilt(X, (2, 4, 1, 0), np.nan), Y, "x of sample 2 is not finite"),
         (spoilt(X, (3, 0, 0, 0), np.inf), Y, "x of sample 3 is not finite"),
         (X, np.array([1, 2, np.nan, 4.0]), "y of sample 2 is not finite"),
-        (X, np.array([1, -1, 0, 2]), "y of sample 1 is a label outside 0 to 2"),
+        (X, np.array([1, -1, 0, 2]), "y.npy: label -1 of sample 1, but labels count from 0; give --ignore -1 if"),
         (X, -Y - 1, "classes = 0; labels count from 0"),
         (X[0], Y, r"x.npy: x is \(5, 3, 1\).*y is \(4,\); give one y for every x"),
         (X[0, ..., 0], Y[:5], r"x.npy: x is \(5, 3\).*y is \(4,\)"),
@@ -141,7 +142,61 @@ def spoilt(array: np.ndarray, at: tuple[int, ...], value: float) -> np.ndarray:
 def test_arrays_that_cannot_be_meant(tmp_path, x, y, message: str) -> None:
     with pytest.raises(DataError, match=message):
         import_arrays(*saved(tmp_path, x, y), tmp_path / "out")
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint64", ">i4"])
+@pytest.mark.parametrize("ignore", [255, -1, 2, 3])
+def test_label_that_counts_for_nothing(tmp_path, seed, dtype: str, ignore: int) -> None:
+    """It is stored as it is, and no class for it; of a type that does not hold it there is none."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.random((11, 5, 3, 1)), rng.integers(0, 4, (11, 5, 3)).astype(dtype)
+    if ignore >= np.iinfo(dtype).min:
+        y[rng.random(y.shape) < 0.3] = ignore
+    import_arrays(*saved(tmp_path, x, y), tmp_path / "train", ignore=ignore)
+    _, labels, data = read_back(tmp_path / "train")
+    np.testing.assert_array_equal(labels, y)
+    assert (data.ignore, data.classes) == (ignore, 3 if ignore == 3 else 4)
+    assert inspect(tmp_path / "train")[-1]["ignore"] == ignore
+    import_arrays(*saved(tmp_path, x, y), tmp_path / "test", like=tmp_path / "train")
+    assert read_back(tmp_path / "test")[2].ignore == ignore
+    with pytest.raises(
+        DataError, match=f"--ignore 7, but the training data .*train ignore label {ignore}; import both"
+    ):
+        import_arrays(*saved(tmp_path, x, y), tmp_path / "other", like=tmp_path / "train", ignore=7)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("y", "options", "message"),
+    [
+        (
+            [1, 0, 255, 3],
+            {"classes": 4},
+            "y.npy: label 255 of sample 2, but --classes 4; give --classes 256, or --ignore 255 if it is to count for ",
+        ),
+        ([1, 0, 2, 4], {"classes": 4, "ignore": 2}, "y.npy: label 4 of sample 3, but --classes 4; give --classes 5$"),
+        ([255, -1, 0, 3], {"ignore": 255}, "y.npy: label -1 of sample 1, .* from 0; mend it, as --ignore 255 is for"),
+        ([-1] * 4, {"ignore": -1}, "y.npy: no label that counts for something; give the number of classes, --classes"),
+        ([1, 2, 0, 3], {"ignore": 2**63}, "ignore = 9223372036854775808; give a label within int64"),
+        ([0.5, 1, 2, 3], {"ignore": 2}, "y.npy: y is float64: values, not labels, so --ignore 2 says nothing; leave"),
+    ],
+)
+def test_label_that_is_no_class_says_what_would_admit_it(tmp_path, y: list, options: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        import_arrays(*saved(tmp_path, X, np.array(y)), tmp_path / "new" / "out", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_refused_import_leaves_a_folder_that_was_there(tmp_path) -> None:
+    """And what is in it."""
+    x_path, y_path = saved(tmp_path, spoilt(X, (3, 0, 0, 0), np.inf), Y)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    for folder in (tmp_path / "full", tmp_path / "full" / "deeper" / "out"):
+        with pytest.raises(DataError, match="not finite"):
+            import_arrays(x_path, y_path, folder, shard_bytes=60)
+        assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
 def test_pickles_are_never_loaded(tmp_path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hpctrain.data.dataset import Dataset, inspect
-from hpctrain.data.index import INDEX, Index, read_index, write_index
+from hpctrain.data.index import INDEX, Index, Layout, ShardEntry, read_index, self_hash, write_index
 from hpctrain.errors import DataError
 
 SHARD = "shard-00000.h5"
@@ -55,9 +55,33 @@ def test_an_index_that_is_only_formatted_differently_is_good(tmp_path, seed) -> 
     assert read_index(tmp_path) == made.index
 
 
+def test_index_without_an_ignored_label_is_what_it_was_before_there_were_any() -> None:
+    """The hash is that of the first data sets, whose layout had no such field."""
+    shard = ShardEntry("shard-00000.h5", 100, "0" * 32, 3, 0, 10, 80, 90)
+    index = Index(
+        uuid="12345678-1234-5678-1234-567812345678",
+        samples=3,
+        layout=Layout((5, 4, 1), "uint8", (), "int64", 3),
+        tile=(256, 5),
+        mean=(0.5,),
+        std=(1.25,),
+        shards=(shard,),
+    )
+    assert self_hash(index) == "40868dca07e60e0b4c5372c0c05150c7"
+    assert self_hash(layout(ignore=255)(index)) != self_hash(index)
+
+
+@pytest.mark.parametrize("ignore", [0, -1, 255, 2**63 - 1, -(2**63)])
+def test_index_keeps_the_ignored_label(tmp_path, seed, ignore: int) -> None:
+    made = data_cases.write(tmp_path, np.random.default_rng(seed), ignore=ignore)
+    assert read_index(tmp_path).layout.ignore == made.index.layout.ignore == ignore
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: c["layout"].update(ignore=2**63), r"Expected `int` <= 9223372036854775807 - at `\$.layout.ignore`"),
+        (lambda c: c["layout"].update(ignore="255"), r"Expected `int`, got `str` - at `\$.layout.ignore`"),
         (lambda c: c.update(color=1), "unknown field `color`"),
         (lambda c: c["shards"][1].update(bytes="9"), r"Expected `int`, got `str` - at `\$.shards\[1\].bytes`"),
         (lambda c: c.pop("uuid"), "missing required field `uuid`"),

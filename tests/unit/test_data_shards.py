@@ -190,6 +190,7 @@ def test_samples_that_are_not_as_announced(tmp_path, chunks, message: str) -> No
         (Layout((5, 3, 1), "uint8", (), "float32", 3), "labels are whole numbers"),
         (Layout((5, 3, 1), "uint8", (), "int64"), "values are floats"),
         (Layout((5, 3, 1), "uint8", (), "int64", 0), "classes = 0; labels count from 0"),
+        (Layout((5, 3, 1), "uint8", (), "float32", ignore=255), r"ignore = 255, but y holds values \(float32\)"),
         (Layout((5, 3, 1), "uint8", (2,), "float32", None, (Target("a"),)), "1 targets for the 2 values"),
     ],
 )

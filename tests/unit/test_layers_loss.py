@@ -159,6 +159,47 @@ def test_dice_of_labels_is_the_mean_over_classes(positions: Shape, background: b
         np.testing.assert_allclose(row[SCORE], f1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("ignore", [255, -1, 0, 2])
+def test_dice_is_of_the_positions_whose_label_is_not_ignored(ignore: int, seed: int) -> None:
+    """Loss, score and gradient are those of the other positions alone, as if they were all there is."""
+    rng, h = np.random.default_rng(seed), 1e-5
+    logits, labels = rng.normal(size=(3, 5, 7, 4)), rng.integers(0, 4, (3, 5, 7))
+    labels[rng.random(labels.shape) < 0.4] = ignore
+    logits[labels == ignore] *= 50  # which would show
+    bound = Bound(alone(Dice(smooth=0.3, ignore=ignore), logits.shape, labels.shape), 0, {})
+    rows = bound.forward([logits, labels])
+    np.testing.assert_array_equal(rows[:, [WEIGHT, COUNT]], 1)
+    dxs, _ = bound.backward(np.ones((3, 4)))
+    np.testing.assert_array_equal(dxs[0][labels == ignore], 0)
+    for n, row in enumerate(rows):
+        kept = labels[n] != ignore
+        x, true = logits[n][kept], labels[n][kept]
+
+        def loss(x: np.ndarray, true: np.ndarray = true) -> float:
+            p = softmax(x, axis=-1)
+            return float(np.mean([1 - dice(p[:, k], (true == k).astype(float), 0.3) for k in range(4)]))
+
+        np.testing.assert_allclose(row[LOSS], loss(x), rtol=1e-12)
+        f1 = f1_score(true, x.argmax(axis=-1), labels=range(4), average="macro", zero_division=1.0)
+        np.testing.assert_allclose(row[SCORE], f1, rtol=1e-12)
+        steps = h * np.eye(x.size).reshape(-1, *x.shape)
+        slopes = [(loss(x + step) - loss(x - step)) / (2 * h) for step in steps]
+        np.testing.assert_allclose(dxs[0][n][kept], np.reshape(slopes, x.shape), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_dice_of_a_sample_that_is_all_ignored_counts_for_nothing(smooth: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(3, 5, 4)), rng.integers(0, 4, (3, 5))
+    labels[1] = 255
+    bound = Bound(alone(Dice(smooth=smooth, ignore=255), logits.shape, labels.shape), 0, {})
+    rows = bound.forward([logits, labels])
+    np.testing.assert_array_equal(rows[1], 0)
+    np.testing.assert_array_equal(rows[:, [WEIGHT, COUNT]], [[1, 1], [0, 0], [1, 1]])
+    dxs, _ = bound.backward(np.ones((3, 4)))
+    assert dxs[0].any(axis=(1, 2)).tolist() == [True, False, True]
+
+
 def test_dice_of_masks_takes_each_channel_by_itself(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, masks = rng.normal(size=(3, 5, 4, 2)), (rng.random((3, 5, 4, 2)) < 0.4).astype(float)
@@ -251,6 +292,7 @@ def test_targets_that_a_loss_cannot_use() -> None:
     assert SoftmaxCrossEntropy().invalid(labels, 3).tolist() == [[False, False], [True, False], [True, False]]
     assert SoftmaxCrossEntropy(ignore=-1).invalid(labels, 3).tolist() == [[False, False], [True, False], [False] * 2]
     assert Dice().invalid(labels, 3).any(axis=1).tolist() == [False, True, True]
+    assert Dice(ignore=3).invalid(labels, 3).tolist() == [[False] * 2, [False] * 2, [True, False]]
     # what is not finite is not invalid: it ends in the loss, which names the sample or skips it
     values = np.array([[0, 1], [np.nan, 1], [1, inf]])
     assert not MSE().invalid(values, 2).any()
@@ -275,6 +317,12 @@ def test_labels_out_of_range_do_not_fault(seed: int) -> None:
         (MSE(), (3, 4), (3, 5), r"predictions \(3, 4\) and targets \(3, 5\)"),
         (Huber(delta=0.0), (3, 4), (3, 4), "delta = 0.0; give more than 0"),
         (Dice(), (3, 5, 4), (3, 5, 2), r"logits \(3, 5, 4\) and target \(3, 5, 2\)"),
+        (
+            Dice(ignore=255),
+            (3, 5, 4),
+            (3, 5, 4),
+            r"ignore = 255 with a target \(3, 5, 4\).*labels \(3, 5\): give these",
+        ),
         (Dice(smooth=-1.0), (3, 5, 4), (3, 5), "smooth = -1.0; give 0 or more"),
         (Dice(background=False), (3, 5, 1), (3, 5, 1), "is the only one; give logits of more, or background=True"),
     ],

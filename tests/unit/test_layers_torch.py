@@ -16,7 +16,7 @@ from ops import Bound, alone, random_weights
 from oracle import LOSSES, ORACLES, SEVERAL, F, Tensor, comparable, first, last, torch
 from properties import GEOMETRIES
 
-from hpctrain.layers import BatchNorm, BCEWithLogits, Dice, Dropout, Layer, Loss, Phase, SoftmaxCrossEntropy
+from hpctrain.layers import BatchNorm, BCEWithLogits, Dice, Dropout, Layer, Loss, Phase
 from hpctrain.layers.loss import LOSS, WEIGHT
 from hpctrain.partition import Shape, extent, whole, within
 from hpctrain.regions import Wanted
@@ -71,7 +71,7 @@ def drawn_inputs(layer: Layer, shapes: tuple[Shape, ...], rng: np.random.Generat
             xs[1] = rng.integers(0, shapes[0][-1], shapes[1])
         elif isinstance(layer, BCEWithLogits | Dice):
             xs[1] = rng.uniform(size=shapes[1])
-        if isinstance(layer, SoftmaxCrossEntropy) and layer.ignore is not None:
+        if layer.ignore is not None:
             xs[1][rng.random(shapes[1]) < 0.3] = layer.ignore
     return xs
 

@@ -5,27 +5,39 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import tracemalloc
+from math import prod
 
+import numpy as np
 import pytest
 
 from hpctrain import memory as process
 from hpctrain import usage
+from hpctrain.backends.base import Backend
 from hpctrain.config import Config, Data, Model, Optim, Run, Train
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import (
     MSE,
+    BatchNorm,
     Conv,
     Dice,
     Dropout,
     Flatten,
+    GroupNorm,
+    Huber,
+    Layer,
+    LayerNorm,
     MaxPool,
+    Phase,
+    Place,
     ReLU,
+    Sigmoid,
     Softmax,
     SoftmaxCrossEntropy,
     Upsample,
 )
-from hpctrain.partition import Partition
+from hpctrain.partition import Partition, Shape, whole
 from hpctrain.planner import memory
 from hpctrain.planner.plan import Plan, uniform
 
@@ -94,6 +106,74 @@ def test_adding_a_grid_axis_divides_the_tensors() -> None:
 )
 def test_what_layers_keep(layer: object, output: tuple[int, ...], inputs: list[tuple[int, ...]], kept: int) -> None:
     assert layer.kept_bytes(8, output, *inputs) == kept  # type: ignore[attr-defined]
+
+
+# --- temporary arrays ---------------------------------------------------------------------------------------------
+
+
+def measured(layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype) -> int:
+    """The most bytes that forward and backward of a layer allocate besides what they are given and what they keep."""
+    rng, output = np.random.default_rng(0), layer.output_shape(*shapes)
+    labels, weights = layer.labels(*shapes), layer.weights(*shapes)
+    boxes = tuple(map(whole, shapes))
+    held = {name: whole(weight.shape) for name, weight in weights.items()}
+    work = whole(layer.work_shape(*shapes))
+    op = layer.bind(Place("layer", 0, backend, dtype, shapes, boxes, work, whole(output), held, None))
+    x = [
+        rng.integers(0, shapes[0][-1], shape) if label else rng.random(shape).astype(dtype)
+        for shape, label in zip(shapes, labels, strict=True)
+    ]
+    w = {name: np.ones(v.shape, dtype) for name, v in {**weights, **layer.state(*shapes)}.items()}
+    dx = [None if label else np.empty(shape, dtype) for shape, label in zip(shapes, labels, strict=True)]
+    dw = {name: np.empty(v.shape, dtype) for name, v in weights.items()}
+    y, dy = np.zeros(output, dtype), np.ones(output, dtype)
+    most = 0
+    for _ in range(2):  # the first time makes what is kept
+        for step in (lambda: op.forward(x, w, y, Phase()), lambda: op.backward(dy, w, dx, dw)):
+            tracemalloc.start()
+            step()
+            most = max(most, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    return most
+
+
+VOLUME = (2, 13, 12, 17, 8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (GroupNorm(4), (VOLUME,)),
+        (LayerNorm(), (VOLUME,)),
+        (BatchNorm(), (VOLUME,)),
+        (SoftmaxCrossEntropy(), ((2, 13, 12, 17, 2), (2, 13, 12, 17))),
+        (SoftmaxCrossEntropy(), ((2, 13, 12, 17, 4), (2, 13, 12, 17))),
+        (SoftmaxCrossEntropy(smoothing=0.1), ((2, 13, 12, 17, 16), (2, 13, 12, 17))),
+        (Dice(), ((2, 13, 12, 17, 4), (2, 13, 12, 17))),
+        (MSE(), (VOLUME, VOLUME)),
+        (Huber(), (VOLUME, VOLUME)),
+        (Softmax(), (VOLUME,)),
+        (Upsample(2), (VOLUME,)),
+        (Upsample(2, mode="linear"), (VOLUME,)),
+        (Dropout(), (VOLUME,)),
+        (Sigmoid(), (VOLUME,)),
+        (ReLU(), (VOLUME,)),
+    ],
+    ids=str,
+)
+def test_workspace_is_what_is_allocated(
+    layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype
+) -> None:
+    net = Graph()
+    names = [
+        net.input(f"x{i}", shape, integer=label)
+        for i, (shape, label) in enumerate(zip(shapes, layer.labels(*shapes), strict=True))
+    ]
+    net.add("layer", layer, *names)
+    need = memory.predict(net, uniform(net, Partition()), precision=dtype.name, backend=backend.name)[0]
+    found = measured(layer, shapes, backend, dtype)
+    few = 0.5 * prod(shapes[0])  # sums per sample and channel, and Python's own objects
+    assert abs(need.workspace - found) < 0.3 * found + few, f"{need.workspace} predicted, {found} allocated"
 
 
 def test_text_names_the_large_parts() -> None:

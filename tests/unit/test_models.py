@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hpctrain import models
 from hpctrain.errors import ConfigError, PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import MSE, BatchNorm, Conv, Dropout, SoftmaxCrossEntropy
+from hpctrain.layers import MSE, BatchNorm, Conv, Dropout, GroupNorm, InstanceNorm, SoftmaxCrossEntropy
 from hpctrain.models import ZOO, Sample
 
 
@@ -83,6 +84,30 @@ def test_unet_has_logits_for_every_voxel_of_any_volume(edges: tuple[int, ...], l
     net = models.build("unet3d", 3, sample, {"filters": 2, "levels": levels})
     assert net["out"].shape == net["loss"].input_shapes[0] == (3, *edges, 5)
     assert sum("concat" in node.name for node in net) == levels - 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "same_as", "kind", "key"),
+    [
+        ("batch", True, BatchNorm, None),
+        ("none", False, None, None),
+        ("group", None, GroupNorm, {"down1.norm1": 2, "down1.norm2": 4, "bottom.norm2": 8}),
+        ("instance", None, InstanceNorm, None),
+    ],
+)
+def test_norms_of_unet(norm: str, same_as: bool | None, kind: type | None, key: dict[str, int] | None) -> None:
+    sample = Sample((9, 7, 11, 1), classes=2, positions=(9, 7, 11))
+    net = models.build("unet3d", 1, sample, {"filters": 2, "levels": 3, "norm": norm})
+    layers = {node.name: node.layer for node in net}
+    norms = {name: layer for name, layer in layers.items() if "norm" in name}
+    assert len(norms) == (0 if kind is None else 10)
+    assert all(type(layer) is kind for layer in norms.values())
+    assert all(layer.bias == (kind is None) for name, layer in layers.items() if re.fullmatch(r".*\.conv[12]", name))
+    if same_as is not None:
+        same = models.build("unet3d", 1, sample, {"filters": 2, "levels": 3, "norm": same_as})
+        assert layers == {node.name: node.layer for node in same}
+    for name, groups in (key or {}).items():
+        assert layers[name].groups == groups, "8, or as many as channels where these are fewer"
 
 
 def test_unet_says_which_labels_it_takes() -> None:
@@ -164,6 +189,15 @@ SMALLEST = {
 
 
 @pytest.mark.parametrize("name", ZOO)
+def test_the_loss_ignores_the_label_that_the_data_do(name: str) -> None:
+    shape = SMALLEST[ZOO[name][0]]
+    positions = shape[:-1] if name == "unet3d" else ()
+    for ignore in (None, 255):
+        net = models.build(name, 5, Sample(shape, classes=7, positions=positions, ignore=ignore), {})
+        assert net["loss"].layer == SoftmaxCrossEntropy(ignore=ignore)
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_the_loss_fits_the_targets(name: str) -> None:
     shape = SMALLEST[ZOO[name][0]]
     positions = shape[:-1] if name == "unet3d" else ()
@@ -222,6 +256,8 @@ def test_unknown_network_and_option_name_those_there_are() -> None:
         ("cosmoflow", {"variant": "2018"}, r"variant = '2018'; choose small, mathuriya2018, oyama2020, mlperf"),
         ("unet3d", {"padding": "full"}, r"padding = 'full'; choose same, valid"),
         ("unet3d", {"levels": 0}, r"levels = 0; give 1 or more"),
+        ("unet3d", {"norm": "grup"}, r"norm = 'grup'; choose batch, group, instance, none"),
+        ("unet3d", {"norm": 1}, r"norm = 1; choose batch, group, instance, none"),
     ],
 )
 def test_value_of_an_option_that_does_not_fit(name: str, options: dict[str, object], says: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from math import inf, isfinite
+from math import inf, isfinite, prod
 
+import numpy as np
 import pytest
 from networks import NETWORKS
 
@@ -14,7 +15,7 @@ from hpctrain.config import Config, Data, Model, Optim, Run, Train
 from hpctrain.console import WIDTH
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import MSE, BatchNorm, Conv, Dense, Flatten, Input, MaxPool, ReLU
+from hpctrain.layers import MSE, BatchNorm, Conv, Dense, Dice, Flatten, Input, MaxPool, ReLU, SoftmaxCrossEntropy
 from hpctrain.models import Sample
 from hpctrain.partition import Partition, whole
 from hpctrain.planner import memory
@@ -76,6 +77,22 @@ def test_a_producer_that_is_cut_otherwise_makes_another_sample() -> None:
     alike = {sample.name: sample.alike for sample in samples(net, plan, 64 * MIB, "float64")}
     assert alike["relu0"] == ("relu2",)
     assert alike["conv1"] == alike["relu1"] == ()
+
+
+def test_axes_that_share_a_dim_leave_no_block_empty_in_a_sample() -> None:
+    """Flat elements are dealt to rows and channels together: 3 x 40 blocks need 120 elements, not 40."""
+    net = Graph()
+    flat = net.add("flat", Flatten(), net.input("x", (2, 21, 17, 8)))
+    net.add("loss", MSE(), flat, net.input("y", net[flat].shape))
+    one = Partition()
+    cut = Partition(height=3, channel=40)
+    plan = Plan({"x": one, "flat": cut, "y": one, "loss": one})
+    plan.check(net)
+    sample = next(samples(net, plan, 30 * 2**10, "float64"))
+    assert prod(sample.shapes[0][1:]) >= 120, sample.shapes
+    Plan({**sample.plan.partitions, "flat": cut}, empty_blocks=False).check(sample.graph)
+    with pytest.raises(PlanError, match=r"layer flat: on the smallest inputs .*, \(2, 21, 2, 4\), it needs"):
+        next(samples(net, plan, 20 * 2**10, "float64"))
 
 
 def test_budget_too_small_names_the_layer_and_what_it_needs() -> None:
@@ -149,6 +166,29 @@ def test_batches_are_labels_or_numbers_and_change_every_step(name: str) -> None:
             assert 0 <= drawn[0].min() <= drawn[0].max() < 1
         else:
             assert drawn[0].min() < -1
+
+
+def test_one_in_eight_labels_is_the_one_that_losses_ignore() -> None:
+    """Unless another loss on these labels refuses it; and each box is its part of the whole."""
+    for layers, expected in (
+        ([SoftmaxCrossEntropy(ignore=255)], 255),
+        ([Dice(ignore=-1), SoftmaxCrossEntropy(ignore=-1)], -1),
+        ([SoftmaxCrossEntropy(ignore=255), Dice()], None),
+        ([SoftmaxCrossEntropy(), Dice()], None),
+    ):
+        net = Graph()
+        x, y = net.input("x", (3, 41, 37, 5)), net.input("y", (3, 41, 37), integer=True)
+        for i, layer in enumerate(layers):
+            net.add(f"loss{i}", layer, x, y)
+        every = whole(net[y].shape)
+        labels = draw(net, net[y], 3, 0, every)
+        kept = labels[(labels >= 0) & (labels < 5)]
+        assert set(kept.tolist()) == set(range(5))
+        assert set(np.unique(labels).tolist()) - set(range(5)) == (set() if expected is None else {expected})
+        share = 1 - kept.size / labels.size
+        assert share == 0 if expected is None else abs(share - 1 / 8) < 0.02  # 4 standard deviations of 4551 labels
+        box = (slice(1, 3), slice(5, 40), slice(0, 7))
+        np.testing.assert_array_equal(draw(net, net[y], 3, 0, box), labels[box])
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
