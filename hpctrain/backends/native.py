@@ -44,6 +44,22 @@ class Native(Reference):
             ", and normalization other than per channel"
         )
 
+    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        self._engine(out).conv(x, w, out, stride, dilation, groups)
+
+    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        self._engine(out).conv_dx(dy, w, out, stride, dilation, groups)
+
+    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        self._engine(out).conv_dw(x, dy, out, stride, dilation, groups)
+
+    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        self._engine(out).gemm(a, b, out, transpose_a, transpose_b)
+
+    def _engine(self, out: Array) -> Any:
+        """What convolves and multiplies matrices: compiled kernels in float32, NumPy in float64."""
+        return self._kernels if out.dtype == np.float32 else super()
+
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "kernels.h"
 #include "runs.h"
 
@@ -26,11 +27,6 @@ Activation activation_of(const char* name, const std::string& kind) {
     refuse(name, "activation '" + kind + "' does not exist; choose one of " + known);
 }
 
-template <class F, class... Names>
-void def(nb::module_& m, const char* name, F function, Names... names) {
-    m.def(name, function, names.noconvert()..., nb::call_guard<nb::gil_scoped_release>());
-}
-
 template <class T>
 void define(nb::module_& m) {
     using I = const In<T>&;
@@ -40,7 +36,7 @@ void define(nb::module_& m) {
     using Numbers = std::vector<Index>;
     using StatisticIn = const In<double>&;
     using StatisticOut = const Out<double>&;
-    const auto arg = [](const char* name) { return nb::arg(name); };
+    const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
 
     def(
         m, "add", [](I a, I b, O out) { add<T>(elements("add", a, b, out), a.data(), b.data(), out.data()); }, arg("a"),
@@ -180,28 +176,29 @@ void define(nb::module_& m) {
         arg("w"), arg("g"), arg("velocity"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"));
 }
 
-// Tried last: says what was wrong with the arguments, which nanobind's own message does not.
 void define_refusals(nb::module_& m) {
     for (const char* name : {"add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "max_pool", "max_pool_dx",
                              "bias_add", "bias_grad", "sum_positions", "spread_positions", "moments", "normalize",
                              "normalize_grad", "normalize_dx", "sgd_update"}) {
-        m.def(name, [name](const nb::args& arguments) {
-            std::string got;
-            for (nb::handle a : arguments) {
-                const bool array = nb::hasattr(a, "dtype");
-                got += (got.empty() ? "" : ", ") + std::string(nb::str(array ? a.attr("dtype") : a.type()).c_str());
-            }
-            const std::string text =
-                std::string("hpctrain._native.") + name +
-                ": takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
-                "outputs writeable; got " +
-                got;
-            throw nb::type_error(text.c_str());
-        });
+        refuse_others(m, name,
+                      "takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
+                      "outputs writeable");
     }
 }
 
 }  // namespace
+
+void refuse_others(nb::module_& m, const char* name, const char* takes) {
+    m.def(name, [name, takes](const nb::args& arguments, const nb::kwargs&) {
+        std::string got;
+        for (nb::handle a : arguments) {
+            const bool array = nb::hasattr(a, "dtype");
+            got += (got.empty() ? "" : ", ") + std::string(nb::str(array ? a.attr("dtype") : a.type()).c_str());
+        }
+        throw nb::type_error((std::string("hpctrain._native.") + name + ": " + takes + "; got " + got).c_str());
+    });
+}
+
 }  // namespace hpctrain
 
 NB_MODULE(_native, m) {
@@ -209,4 +206,5 @@ NB_MODULE(_native, m) {
     hpctrain::define<float>(m);
     hpctrain::define<double>(m);
     hpctrain::define_refusals(m);
+    hpctrain::define_engine(m);
 }
