@@ -14,7 +14,8 @@ from hpctrain.errors import BackendUnavailable
 COMPILED = (
     *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
-    *("moments", "normalize", "normalize_grad", "normalize_dx", "sgd_update"),
+    *("moments", "normalize", "normalize_grad", "normalize_dx"),
+    *("sgd_update", "adam_update", "lars_update", "sum_squares"),
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
@@ -31,8 +32,10 @@ class Native(Reference):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
+        """Where `exact`, never use Winograd's convolution, which is faster but rounds about 3 times as much."""
         self._kernels = _import_kernels()
+        self._exact = exact
 
     def describe(self) -> str:
         inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
@@ -45,20 +48,28 @@ class Native(Reference):
         )
 
     def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv(x, w, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv(x, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv(x, w, out, stride, dilation, groups)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv_dx(dy, w, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv_dx(dy, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dx(dy, w, out, stride, dilation, groups)
 
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv_dw(x, dy, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv_dw(x, dy, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dw(x, dy, out, stride, dilation, groups)
 
     def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        self._engine(out).gemm(a, b, out, transpose_a, transpose_b)
-
-    def _engine(self, out: Array) -> Any:
-        """What convolves and multiplies matrices: compiled kernels in float32, NumPy in float64."""
-        return self._kernels if out.dtype == np.float32 else super()
+        if out.dtype == np.float32:
+            self._kernels.gemm(a, b, out, transpose_a, transpose_b)
+        else:
+            super().gemm(a, b, out, transpose_a, transpose_b)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)
@@ -134,6 +145,31 @@ class Native(Reference):
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
     ) -> None:
         self._kernels.sgd_update(w, g, velocity, lr, momentum, weight_decay, nesterov)
+
+    def adam_update(
+        self,
+        w: Floats,
+        g: Floats,
+        mean: Floats,
+        square: Floats,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        update: int,
+    ) -> None:
+        self._kernels.adam_update(w, g, mean, square, lr, beta1, beta2, eps, weight_decay, decoupled, update)
+
+    def lars_update(
+        self, w: Floats, g: Floats, velocity: Floats, rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        self._kernels.lars_update(w, g, velocity, rate, momentum, weight_decay)
+
+    def sum_squares(self, x: Floats) -> float:
+        found: float = self._kernels.sum_squares(x)
+        return found
 
 
 def _import_kernels() -> Any:
