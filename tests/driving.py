@@ -157,7 +157,7 @@ def trained(comm: Any, case: Case, plan: Plan, data: Data) -> tuple[Blocks, list
     load_weights(executor, data)
     flat = executor.parameters
     found: Blocks = {}
-    sgd = SGD(flat.weights, flat.gradients, flat.runs(), executor.backend, OPTIM)
+    sgd = SGD(flat.weights, flat.gradients, flat.shards(), executor.backend, OPTIM)
     for number in range(STEPS):
         forward_backward(executor, data, number)
         found |= {f"step {number}: {name}": block for name, block in blocks(executor).items()}
