@@ -32,8 +32,10 @@ class Native(Reference):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
+        """Where `exact`, never use Winograd's convolution, which is faster but rounds about 3 times as much."""
         self._kernels = _import_kernels()
+        self._exact = exact
 
     def describe(self) -> str:
         inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
@@ -46,20 +48,28 @@ class Native(Reference):
         )
 
     def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv(x, w, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv(x, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv(x, w, out, stride, dilation, groups)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv_dx(dy, w, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv_dx(dy, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dx(dy, w, out, stride, dilation, groups)
 
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        self._engine(out).conv_dw(x, dy, out, stride, dilation, groups)
+        if out.dtype == np.float32:
+            self._kernels.conv_dw(x, dy, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dw(x, dy, out, stride, dilation, groups)
 
     def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        self._engine(out).gemm(a, b, out, transpose_a, transpose_b)
-
-    def _engine(self, out: Array) -> Any:
-        """What convolves and multiplies matrices: compiled kernels in float32, NumPy in float64."""
-        return self._kernels if out.dtype == np.float32 else super()
+        if out.dtype == np.float32:
+            self._kernels.gemm(a, b, out, transpose_a, transpose_b)
+        else:
+            super().gemm(a, b, out, transpose_a, transpose_b)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)

@@ -11,6 +11,7 @@
 #include "bindings.h"
 #include "engine/engine.h"
 #include "engine/scratch.h"
+#include "engine/winograd.h"
 
 namespace hpctrain {
 namespace {
@@ -63,28 +64,74 @@ const float* bias_of(const char* name, const Bias& bias, Index columns) {
     return bias->data();
 }
 
+// Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
+const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
+    return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
+}
+
 void conv(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
-          bool accumulate) {
+          bool accumulate, bool exact) {
     const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
     const float* b = bias_of("conv", bias, c.groups * c.filters);
     const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv(c, x.data(), w.data(), b, accumulate, out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_size(c));
     e.pack(c, w.data(), packed);
     e.conv(c, x.data(), packed, b, accumulate, out.data());
 }
 
-void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups) {
+void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
     const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_dx_size(c));
     e.pack_dx(c, w.data(), packed);
     e.conv_dx(c, dy.data(), packed, out.data());
 }
 
-void conv_dw(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups) {
-    engine().conv_dw(convolution("conv_dw", x, out, dy, stride, dilation, groups), x.data(), dy.data(), out.data());
+void conv_dw(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+    const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
+    const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv_dw(c, x.data(), dy.data(), out.data(), {});
+    e.conv_dw(c, x.data(), dy.data(), out.data());
+}
+
+// Winograd's convolution whether it is faster or not, with its tiles anywhere.
+template <class X, class Y, class Z>
+Convolution winograd_convolution(const char* name, const X& x, const Y& w, const Z& y, Index groups,
+                                 const Numbers& anchor) {
+    const Numbers ones(x.ndim() < 2 ? 0 : x.ndim() - 2, 1);
+    const Convolution c = convolution(name, x, w, y, ones, ones, groups);
+    if (!engine().winograd->fits(c)) {
+        refuse(name, "Winograd's convolution takes kernels (3, 3) or (depth, 3, 3), and arrays with outputs, not weights " +
+                         shape_of(w) + " over " + shape_of(x));
+    }
+    if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > 3 || anchor[1] < 0 || anchor[1] > 3)
+        refuse(name, "anchor needs two numbers from 0 to 3, for height and width");
+    return c;
+}
+
+TileAnchor anchor_of(const Numbers& anchor) { return {int(anchor[0]), int(anchor[1])}; }
+
+void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_conv", x, w, out, groups, anchor);
+    const float* b = bias_of("winograd_conv", bias, c.groups * c.filters);
+    engine().winograd->conv(c, x.data(), w.data(), b, accumulate, out.data(), anchor_of(anchor));
+}
+
+void winograd_dx(I dy, I w, O out, Index groups, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_dx", out, w, dy, groups, anchor);
+    engine().winograd->conv_dx(c, dy.data(), w.data(), out.data(), anchor_of(anchor));
+}
+
+void winograd_dw(I x, I dy, O out, Index groups, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_dw", x, out, dy, groups, anchor);
+    engine().winograd->conv_dw(c, x.data(), dy.data(), out.data(), anchor_of(anchor));
 }
 
 // A matrix of which rows or columns are contiguous.
@@ -118,12 +165,19 @@ void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias,
 void define_engine(nb::module_& m) {
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
     def(m, "conv", conv, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("bias") = nb::none(), arg("accumulate") = false);
-    def(m, "conv_dx", conv_dx, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1);
-    def(m, "conv_dw", conv_dw, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1);
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false);
+    def(m, "conv_dx", conv_dx, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    def(m, "conv_dw", conv_dw, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
+    def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
+        arg("accumulate") = false, anchor());
+    def(m, "winograd_dx", winograd_dx, arg("dy"), arg("w"), arg("out"), arg("groups") = 1, anchor());
+    def(m, "winograd_dw", winograd_dw, arg("x"), arg("dy"), arg("out"), arg("groups") = 1, anchor());
     def(m, "gemm", gemm, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
         arg("bias") = nb::none(), arg("accumulate") = false);
-    for (const char* name : {"conv", "conv_dx", "conv_dw", "gemm"})
+    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm"})
         refuse_others(m, name, "takes float32 NumPy arrays, the output writeable");
     m.def("isa", [] { return std::string(engine().isa); }, "The instruction set that the engine uses.");
     m.def("isas", engines, "The instruction sets that the engine can use here, the best first.");

@@ -34,8 +34,11 @@ struct Matrix {
     Index row, column;
 };
 
+struct Winograd;  // winograd.h
+
 struct Engine {
     const char* isa;
+    const Winograd* winograd;
 
     // Packed weights of `conv` and of `conv_dx`: their size in floats, and how to make them. Good for every input of the
     // same kernel, channels and groups.
