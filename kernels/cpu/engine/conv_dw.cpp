@@ -38,33 +38,35 @@ const float* panel_of(const Gradient& g, const Chunk& chunk, Index column, int v
     return room;
 }
 
-// Rows [first, last) of dw, of some filters of a group, from chunks [from, to), into rows at `out[i]` + column.
+// Rows [first, last) of dw, of the filters of some panels of all groups together, from chunks [from, to).
 struct Unit {
-    Index group, panel, first, last, from, to;
+    Index first_panel, last_panel, first, last, from, to;
 };
 
+// row(i) is where row i of dw goes.
 template <class Row>
 void compute(const Gradient& g, const Unit& unit, float* room, Row row) {
-    const int vectors = g.panels.size(unit.panel);
-    const Index column = unit.group * g.c.filters + g.panels.first(unit.panel) * W;
-    const float* x = g.x + unit.group * g.c.channels;
-    for (Index i = unit.from; i < unit.to; ++i) {
+    for (Index i = unit.from; i < unit.to; ++i) {  // outermost: x is read once
         const Chunk& chunk = g.chunks.list[i];
-        const float* panel = panel_of(g, chunk, column, vectors, room);
-        with_vectors(vectors, [&](auto n) {
-            constexpr int N = decltype(n)::count, M = tile_rows(N);
-            for (Index first = unit.first; first < unit.last; first += M) {
-                const float* a[M];
-                float* c[M];
-                for (int r = 0; r < M; ++r) {
-                    const Index at = least(first + r, unit.last - 1);
-                    a[r] = x + g.rows.x[at];
-                    c[r] = row(at);
+        for (Index q = unit.first_panel; q < unit.last_panel; ++q) {
+            const Index group = q / g.panels.count, panel = q % g.panels.count;
+            const Index column = group * g.c.filters + g.panels.first(panel) * W;
+            const float *x = g.x + group * g.c.channels, *dy = panel_of(g, chunk, column, g.panels.size(panel), room);
+            with_vectors(g.panels.size(panel), [&](auto vectors) {
+                constexpr int N = decltype(vectors)::count, M = tile_rows(N);
+                for (Index first = unit.first; first < unit.last; first += M) {
+                    const float* a[M];
+                    float* c[M];
+                    for (int r = 0; r < M; ++r) {
+                        const Index at = least(first + r, unit.last - 1);
+                        a[r] = x + g.rows.x[at];
+                        c[r] = row(at);
+                    }
+                    tile<N>(a, c, column, chunk.runs, g.chunks.x_step, dy,
+                            Target{int(least(M, unit.last - first)), g.panels.tail(panel), i > unit.from, nullptr});
                 }
-                tile<N>(a, c, column, chunk.runs, g.chunks.x_step, panel,
-                        Target{int(least(M, unit.last - first)), g.panels.tail(unit.panel), i > unit.from, nullptr});
-            }
-        });
+            });
+        }
     }
 }
 
@@ -74,29 +76,28 @@ void zero(const Gradient& g, Index columns) {
     }
 }
 
-// Threads own rows of dw.
-void by_rows(const Gradient& g, Index parts, float* room, Index room_of_one) {
-    const Index units = g.c.groups * g.panels.count * parts, count = g.rows.count;
+// Threads own panels of dw, and rows of these where there are more threads than panels.
+void by_panels(const Gradient& g, float* room, Index room_of_one) {
+    const Index panels = g.c.groups * g.panels.count, count = g.rows.count;
     in_threads([&](int thread, int threads) {
-        for (Index i = units * thread / threads; i < units * (thread + 1) / threads; ++i) {
-            const Index part = i % parts, panel = i / parts % g.panels.count, group = i / parts / g.panels.count;
-            compute(g, {group, panel, count * part / parts, count * (part + 1) / parts, 0, g.chunks.count},
+        const Index parts = (threads + panels - 1) / panels, units = panels * parts;
+        for (Index i = units * thread / threads, end = units * (thread + 1) / threads; i < end;) {
+            const Index part = i % parts, next = parts == 1 ? end : i + 1;  // panels in a row as one unit
+            compute(g, {i / parts, (next - 1) / parts + 1, count * part / parts, count * (part + 1) / parts, 0, g.chunks.count},
                     room + thread * room_of_one, [&](Index row) { return g.dw + g.rows.w[row]; });
+            i = next;
         }
     });
 }
 
 // Few rows: threads own chunks of positions, and their sums are added up in order.
 void by_positions(const Gradient& g, Index parts, float* room, Index room_of_one, float* sums) {
-    const Index width = g.c.groups * g.c.filters, size = g.rows.count * width, units = g.c.groups * g.panels.count;
+    const Index width = g.c.groups * g.c.filters, size = g.rows.count * width;
     in_threads([&](int thread, int threads) {
         for (Index part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
             const Index from = g.chunks.count * part / parts, to = g.chunks.count * (part + 1) / parts;
-            for (Index i = 0; i < units; ++i) {
-                const Unit unit{i / g.panels.count, i % g.panels.count, 0, g.rows.count, from, to};
-                compute(g, unit, room + thread * room_of_one,
-                        [&](Index row) { return part ? sums + (part - 1) * size + row * width : g.dw + g.rows.w[row]; });
-            }
+            compute(g, {0, g.c.groups * g.panels.count, 0, g.rows.count, from, to}, room + thread * room_of_one,
+                    [&](Index row) { return part ? sums + (part - 1) * size + row * width : g.dw + g.rows.w[row]; });
         }
     });
     for (Index row = 0; row < g.rows.count; ++row) {
@@ -151,10 +152,10 @@ void conv_dw(const Convolution& c, const float* x, const float* dy, float* dw) {
     if (g.chunks.count == 0) return zero(g, width);
     if (g.rows.count == 0 || width == 0) return;
     if (c.depthwise()) return by_channels(g);
-    const Index threads = thread_count(), room_of_one = CHUNK * TILE_VECTORS * W, units = c.groups * g.panels.count;
+    const Index threads = thread_count(), room_of_one = CHUNK * TILE_VECTORS * W;
     float* room = scratch.array<float>(threads * room_of_one);
-    const Index tiles = (g.rows.count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS, wanted = threads == 1 ? 1 : 4 * threads;
-    if (units * tiles >= wanted) return by_rows(g, least(tiles, (wanted + units - 1) / units), room, room_of_one);
+    const Index tiles = (g.rows.count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    if (threads == 1 || c.groups * g.panels.count * tiles >= 8 * threads) return by_panels(g, room, room_of_one);
     const Index parts = least(threads, g.chunks.count);
     by_positions(g, parts, room, room_of_one, scratch.array<float>((parts - 1) * g.rows.count * width));
 }

@@ -11,8 +11,8 @@ namespace hpctrain::HPCTRAIN_ISA {
 struct Panels {
     Index width, vectors, count;
 
-    explicit Panels(Index columns)
-        : width(columns), vectors((columns + W - 1) / W), count((vectors + TILE_VECTORS - 1) / TILE_VECTORS) {}
+    explicit Panels(Index columns, int widest = TILE_VECTORS)
+        : width(columns), vectors((columns + W - 1) / W), count((vectors + widest - 1) / widest) {}
 
     int size(Index panel) const { return int(vectors / count + (panel < vectors % count)); }
     Index first(Index panel) const {  // its first vector
@@ -46,10 +46,35 @@ struct Target {
     const float* bias;  // of the first column; may be null
 };
 
+// What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing, or
+// to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
+struct Nothing {
+    void step() {}
+};
+
+struct Copy {
+    const float* from;
+    Index from_step;
+    float* to;
+    Index to_step, left;
+    int columns;
+
+    void step() {
+        constexpr int EARLY = 40;  // terms: more than the time that memory takes
+        if (left == 0) return;
+        --left;
+        __builtin_prefetch(from + EARLY * from_step, 0, 2);
+        __builtin_prefetch(from + EARLY * from_step + W - 1, 0, 2);  // rows may lie across two cache lines
+        store(to, columns == W ? load(from) : load(from, columns));
+        from += from_step;
+        to += to_step;
+    }
+};
+
 // c[r][0 ..] = sum over all runs and their n terms i of a[r][run.a + i * step] * panel[run.b + i]
-template <int N>
+template <int N, class Aside = Nothing>
 inline void tile(const float* const* a, float* const* c, Index column, Runs runs, Index step, const float* panel,
-                 const Target& target) {
+                 const Target& target, Aside&& aside = {}) {
     constexpr int M = tile_rows(N);
     const float* rows[M];
     V sums[M][N] = {};
@@ -58,6 +83,7 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
         const float* b = panel + run->b * (N * W);
         Index at = run->a;
         for (Index left = run->n; left > 0; --left, at += step, b += N * W) {
+            aside.step();
             V columns[N];
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j) columns[j] = load(b + j * W);
@@ -68,6 +94,15 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
                 for (int j = 0; j < N; ++j) sums[r][j] = fma(factor, columns[j], sums[r][j]);
             }
         }
+    }
+    if (target.rows == M && target.tail == W && !target.bias) {  // nearly always: no question asked in between
+#pragma GCC unroll 8
+        for (int r = 0; r < M; ++r) {
+            float* place = c[r] + column;
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) store(place + j * W, target.add ? sums[r][j] + load(place + j * W) : sums[r][j]);
+        }
+        return;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
