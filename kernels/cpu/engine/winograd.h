@@ -1,14 +1,16 @@
-// Winograd convolution F(4x4, 3x3): 36 products per channel and filter give 4 x 4 outputs, instead of 144.
+// Winograd's convolution: 36 products per channel and filter give 4 x 4 outputs of a kernel 3 x 3, instead of 144, or
+// 2 x 2 outputs of a kernel 5 x 5, instead of 100.
 //
-// For kernels (kd, 3, 3) without stride and dilation: Winograd in the plane, a sum over the depth taps. Results differ
-// from a direct convolution by rounding only, of about 4 times its size; see winograd_transform.h.
+// For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps.
+// Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h); and
+// an infinity may become NaN, both in all outputs of its tile.
 #pragma once
 
 #include "engine.h"
 
 namespace hpctrain {
 
-// Rows and columns, modulo 4, by which the first tile starts before the first output: blocks of a larger image that are
+// Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger image that are
 // cut anywhere can have their tiles where the whole image has them.
 struct TileAnchor {
     int h = 0, w = 0;

@@ -18,6 +18,7 @@ struct Pass {
     int lead;      // planes of the source before plane 0 that the first one of the result reads
 };
 
+template <int KERNEL>
 struct Forward : Pass {
     Image<const float> x;
     Filters<const float> w;
@@ -29,53 +30,55 @@ struct Forward : Pass {
         read_tiles<Input>(x, tiles, block, to, begin, end);
     }
     void pack(Index first, int width, Index begin, Index end, float* to, Index point) const {
-        pack_filters(w, first, width, begin, end, to, point);
+        pack_filters<KERNEL>(w, first, width, begin, end, to, point);
     }
-    void write(const Block& block, const Matrices& from, Index first, Index last, const Image<float>&, Index) const {
-        write_outputs(y, tiles, block, from, first, last, bias, accumulate);
+    void write(const Block& block, const Matrices& from, Index first, Index last, const Seam&) const {
+        write_outputs<KERNEL>(y, tiles, block, from, first, last, bias, accumulate);
     }
     // tiles of y do not overlap
     Index seam_floats() const { return 0; }
-    Image<float> seam(float*) const { return {}; }
-    Index seam_end(const Block&) const { return 0; }
-    void close_seam(const Block&, const Image<float>&) const {}
+    Index seam_columns() const { return 0; }
+    Seam seam(const Block&, float*) const { return {}; }
+    void close(const Seam&, Index, Index) const {}
 };
 
+template <int KERNEL>
 struct Backward : Pass {
     Image<const float> dy;
     Filters<const float> w;
     Image<float> dx;
 
     void read(const Block& block, const Matrices& to, Index begin, Index end) const {
-        read_tiles<OutputAdjoint>(dy, tiles, block, to, begin, end);
+        read_tiles<OutputAdjoint<KERNEL>>(dy, tiles, block, to, begin, end);
     }
     void pack(Index first, int width, Index begin, Index end, float* to, Index point) const {
-        pack_channels(w, first, width, begin, end, to, point);
+        pack_channels<KERNEL>(w, first, width, begin, end, to, point);
     }
-    void write(const Block& block, const Matrices& from, Index first, Index last, const Image<float>& seam,
-               Index seam_end) const {
-        write_input_gradients(dx, tiles, block, from, first, last, seam, seam_end);
+    void write(const Block& block, const Matrices& from, Index first, Index last, const Seam& seam) const {
+        write_input_gradients<KERNEL>(dx, tiles, block, from, first, last, seam);
     }
 
-    // The two rows of all planes that a thread's first row of tiles shares with the thread before.
-    Index seam_floats() const { return dx.extent[0] * 2 * dx.extent[2] * dx.channels; }
-    Image<float> seam(float* data) const {
-        const Index row = dx.extent[2] * dx.channels;
-        return {data, {0, 2 * row, row, dx.channels}, {dx.extent[0], 2, dx.extent[2]}, dx.channels};
-    }
-    Index seam_end(const Block& share) const {
-        const bool inside = share.columns > 0 && tiles.place(share.column).below;
-        return inside ? share.column + tiles.across : 0;
-    }
-    void close_seam(const Block& share, const Image<float>& seam) const {
-        if (seam_end(share) == 0) return;
+    // The rows that the first row of tiles of a thread's share has in common with the thread before.
+    Index seam_floats() const { return dx.extent[0] * (KERNEL - 1) * dx.extent[2] * dx.channels; }
+    Index seam_columns() const { return dx.extent[2]; }
+    Seam seam(const Block& share, float* data) const {
         const Place place = tiles.place(share.column);
-        for (Index plane = share.plane; plane < share.plane + share.planes; ++plane) {
-            for (Index i = 0; i < 2; ++i) {
-                for (Index j = 0; j < dx.extent[2]; ++j) {
-                    const float* from = seam.data + plane * seam.stride[1] + i * seam.stride[2] + j * seam.stride[3];
-                    float* to = dx.data + (place.n * dx.stride[0] + plane * dx.stride[1] +
-                                           (place.row + i) * dx.stride[2] + j * dx.stride[3]);
+        if (share.columns == 0 || !place.below) return {};
+        const Index row = dx.extent[2] * dx.channels;
+        return {{data, {0, (KERNEL - 1) * row, row, dx.channels}, {dx.extent[0], KERNEL - 1, dx.extent[2]}, dx.channels},
+                place.n,
+                place.row};
+    }
+    // Adds columns [begin, end) of a seam to dx.
+    void close(const Seam& seam, Index begin, Index end) const {
+        if (!seam.rows.data) return;
+        for (Index plane = 0; plane < dx.extent[0]; ++plane) {
+            for (Index i = 0; i < KERNEL - 1; ++i) {
+                for (Index j = begin; j < end; ++j) {
+                    const Strides& step = seam.rows.stride;
+                    const float* from = seam.rows.data + plane * step[1] + i * step[2] + j * step[3];
+                    float* to = dx.data + (seam.sample * dx.stride[0] + plane * dx.stride[1] +
+                                           (seam.row + i) * dx.stride[2] + j * dx.stride[3]);
                     for (Index c = 0; c < dx.channels; ++c) to[c] += from[c];
                 }
             }
@@ -123,7 +126,7 @@ void by_tiles(const P& pass) {
     float* seams = scratch.array<float>(threads_at_most * pass.seam_floats());
     in_threads([&](int thread, int threads) {
         const Block all = share(pass.tiles, pass.planes, thread, threads);
-        const Image<float> seam = pass.seam(seams + thread * pass.seam_floats());
+        const Seam seam = pass.seam(all, seams + thread * pass.seam_floats());
         each_block(all, size, [&](const Block& block) {
             Matrices v(source_of(pass, block).rows(), pass.terms, 1), m(block.rows(), pass.results, TILE_VECTORS);
             v.data = memory + thread * (v_floats + m_floats), m.data = v.data + v_floats;
@@ -136,12 +139,18 @@ void by_tiles(const P& pass) {
                     }
                 }
             }
-            pass.write(block, m, 0, m.panels, seam, pass.seam_end(all));
+            pass.write(block, m, 0, m.panels, seam);
         });
     });
     if (threads_at_most > 1 && pass.seam_floats() > 0) {
         in_threads([&](int thread, int threads) {
-            pass.close_seam(share(pass.tiles, pass.planes, thread, threads), pass.seam(seams + thread * pass.seam_floats()));
+            // seams may overlap, so each thread adds its columns of all of them
+            for (int other = 0; other < threads; ++other) {
+                const Block all = share(pass.tiles, pass.planes, other, threads);
+                const Index width = pass.seam_columns();
+                pass.close(pass.seam(all, seams + other * pass.seam_floats()), width * thread / threads,
+                           width * (thread + 1) / threads);
+            }
         });
     }
 }
@@ -177,7 +186,7 @@ void by_weights(const P& pass) {
                     for (int point = 0; point < POINTS; ++point)
                         multiply(pass, block, v, m, panel, begin, end, right, u_floats / POINTS, point);
                 }
-                pass.write(block, m, panel, panel + 1, {}, 0);
+                pass.write(block, m, panel, panel + 1, {});
             }
         });
     });
@@ -190,30 +199,42 @@ void compute(const P& pass) {
     few && thread_count() <= ceil_div(pass.results, TILE_VECTORS * W) ? by_weights(pass) : by_tiles(pass);
 }
 
+template <int KERNEL>
+void forward(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+             TileAnchor anchor) {
+    for (Index g = 0; g < c.groups; ++g) {
+        compute(Forward<KERNEL>{{Tiles(c, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
+                                {x + g * c.channels, c.x, c.input, c.channels},
+                                {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
+                                {y + g * c.filters, c.y, c.output, c.filters},
+                                bias ? bias + g * c.filters : nullptr,
+                                accumulate});
+    }
+}
+
+template <int KERNEL>
+void backward(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {
+    const int taps = int(c.kernel[0]);
+    for (Index g = 0; g < c.groups; ++g) {
+        compute(Backward<KERNEL>{{Tiles(c, anchor), taps, c.filters, c.channels, c.input[0], taps - 1},
+                                 {dy + g * c.filters, c.y, c.output, c.filters},
+                                 {w + g * c.filters, c.w, c.channels, c.filters, taps},
+                                 {dx + g * c.channels, c.x, c.input, c.channels}});
+    }
+}
+
 }  // namespace
 }  // namespace winograd
 
 void winograd_conv(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
                    TileAnchor anchor) {
-    using namespace winograd;
-    for (Index g = 0; g < c.groups; ++g) {
-        compute(Forward{{Tiles(c, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
-                        {x + g * c.channels, c.x, c.input, c.channels},
-                        {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
-                        {y + g * c.filters, c.y, c.output, c.filters},
-                        bias ? bias + g * c.filters : nullptr,
-                        accumulate});
-    }
+    const auto pass = c.kernel[1] == 5 ? winograd::forward<5> : winograd::forward<3>;
+    pass(c, x, w, bias, accumulate, y, anchor);
 }
 
 void winograd_dx(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {
-    using namespace winograd;
-    for (Index g = 0; g < c.groups; ++g) {
-        compute(Backward{{Tiles(c, anchor), int(c.kernel[0]), c.filters, c.channels, c.input[0], int(c.kernel[0]) - 1},
-                         {dy + g * c.filters, c.y, c.output, c.filters},
-                         {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
-                         {dx + g * c.channels, c.x, c.input, c.channels}});
-    }
+    const auto pass = c.kernel[1] == 5 ? winograd::backward<5> : winograd::backward<3>;
+    pass(c, dy, w, dx, anchor);
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

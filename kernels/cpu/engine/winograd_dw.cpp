@@ -11,6 +11,7 @@ namespace {
 constexpr Index ROWS = 96;  // of a block of many: a panel of so many tiles of dy stays in the first-level cache
 constexpr Index OWN_SUMS = Index(1) << 20;  // floats that each thread may have for sums of its own
 
+template <int KERNEL>
 struct WeightGradient {
     Tiles tiles;
     Image<const float> x, dy;
@@ -34,12 +35,14 @@ struct Units {
 // Sums of a unit: POINTS matrices of W rows.
 constexpr Index UNIT_POINT = W * TILE_VECTORS * W + 16, UNIT_FLOATS = POINTS * UNIT_POINT;
 
-inline Block source_of(const WeightGradient& g, const Block& block) {
+template <int KERNEL>
+inline Block source_of(const WeightGradient<KERNEL>& g, const Block& block) {
     return {block.column, block.columns, block.plane, block.planes + g.dw.taps - 1};
 }
 
 // Adds the products of a block's tiles, whose transforms are v and d, to the unit's sums, or begins these.
-void multiply(const WeightGradient& g, const Units& units, Index unit, const Block& block, const Matrices& v,
+template <int KERNEL>
+void multiply(const WeightGradient<KERNEL>& g, const Units& units, Index unit, const Block& block, const Matrices& v,
               const Matrices& d, float* sums, bool add) {
     const Index panel = units.panel(unit), vector = units.vector(unit), rows = least(W, g.dw.channels - vector * W);
     const float* shifted = v.panel(vector) + units.tap(unit) * block.columns * W;
@@ -49,22 +52,25 @@ void multiply(const WeightGradient& g, const Units& units, Index unit, const Blo
     }
 }
 
-void write(const WeightGradient& g, const Units& units, Index unit, const float* sums) {
+template <int KERNEL>
+void write(const WeightGradient<KERNEL>& g, const Units& units, Index unit, const float* sums) {
     const Index panel = units.panel(unit);
-    write_weight_gradients(g.dw, units.tap(unit), units.vector(unit) * W, units.d.first(panel), units.d.width(panel), sums,
+    write_weight_gradients<KERNEL>(g.dw, units.tap(unit), units.vector(unit) * W, units.d.first(panel), units.d.width(panel), sums,
                            UNIT_POINT);
 }
 
 // Floats for the transforms of a block, v before d.
 struct Room {
     Index v, d;
-    Room(const WeightGradient& g, const Block& block)
+    template <int KERNEL>
+    Room(const WeightGradient<KERNEL>& g, const Block& block)
         : v(Matrices(source_of(g, block).rows(), g.dw.channels, 1).floats()),
           d(Matrices(block.rows(), g.dw.filters, TILE_VECTORS).floats()) {}
 };
 
 // Many tiles: each thread sums up its share of them; the threads' sums are added in their order.
-void by_tiles(const WeightGradient& g) {
+template <int KERNEL>
+void by_tiles(const WeightGradient<KERNEL>& g) {
     const Units units(g.dw);
     const Block size = block_size(g.planes(), ROWS);
     const Room room(g, size);
@@ -79,7 +85,7 @@ void by_tiles(const WeightGradient& g) {
             Matrices v(source_of(g, block).rows(), g.dw.channels, 1), d(block.rows(), g.dw.filters, TILE_VECTORS);
             v.data = mine, d.data = mine + room.v;
             read_tiles<Input>(g.x, g.tiles, source_of(g, block), v, 0, v.rows);
-            read_tiles<OutputAdjoint>(g.dy, g.tiles, block, d, 0, d.rows);
+            read_tiles<OutputAdjoint<KERNEL>>(g.dy, g.tiles, block, d, 0, d.rows);
             for (Index unit = 0; unit < units.count(); ++unit)
                 multiply(g, units, unit, block, v, d, sums + unit * UNIT_FLOATS, add);
             add = true;
@@ -99,7 +105,8 @@ void by_tiles(const WeightGradient& g) {
 }
 
 // Few tiles or many sums: all threads transform a block, then each multiplies for its units.
-void by_units(const WeightGradient& g) {
+template <int KERNEL>
+void by_units(const WeightGradient<KERNEL>& g) {
     const Units units(g.dw);
     const Block all{0, g.tiles.count(), 0, g.planes()};
     const Block size = block_size(all.planes, all.rows() <= FEW_ROWS ? FEW_ROWS : 2 * ROWS * thread_count());
@@ -113,7 +120,7 @@ void by_units(const WeightGradient& g) {
         v.data = transforms, d.data = transforms + room.v;
         in_threads([&](int t, int threads) {
             read_tiles<Input>(g.x, g.tiles, source_of(g, block), v, v.rows * t / threads, v.rows * (t + 1) / threads);
-            read_tiles<OutputAdjoint>(g.dy, g.tiles, block, d, d.rows * t / threads, d.rows * (t + 1) / threads);
+            read_tiles<OutputAdjoint<KERNEL>>(g.dy, g.tiles, block, d, d.rows * t / threads, d.rows * (t + 1) / threads);
         });
         const bool first = block.plane == 0 && block.column == 0;
         const bool last = block.plane + block.planes == all.planes && block.column + block.columns == all.columns;
@@ -127,22 +134,27 @@ void by_units(const WeightGradient& g) {
     });
 }
 
-void compute(const WeightGradient& g) {
+template <int KERNEL>
+void compute(const WeightGradient<KERNEL>& g) {
     const bool few = g.tiles.count() * g.planes() <= FEW_ROWS;
     few || Units(g.dw).count() * UNIT_FLOATS > OWN_SUMS ? by_units(g) : by_tiles(g);
+}
+
+template <int KERNEL>
+void backward(const Convolution& c, const float* x, const float* dy, float* dw, TileAnchor anchor) {
+    for (Index g = 0; g < c.groups; ++g) {
+        compute(WeightGradient<KERNEL>{Tiles(c, anchor),
+                                       {x + g * c.channels, c.x, c.input, c.channels},
+                                       {dy + g * c.filters, c.y, c.output, c.filters},
+                                       {dw + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])}});
+    }
 }
 
 }  // namespace
 }  // namespace winograd
 
 void winograd_dw(const Convolution& c, const float* x, const float* dy, float* dw, TileAnchor anchor) {
-    using namespace winograd;
-    for (Index g = 0; g < c.groups; ++g) {
-        compute({Tiles(c, anchor),
-                 {x + g * c.channels, c.x, c.input, c.channels},
-                 {dy + g * c.filters, c.y, c.output, c.filters},
-                 {dw + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])}});
-    }
+    c.kernel[1] == 5 ? winograd::backward<5>(c, x, dy, dw, anchor) : winograd::backward<3>(c, x, dy, dw, anchor);
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -23,18 +23,19 @@ struct Place {
 
 // The tiles of a plane of all samples, numbered sample by sample, row by row.
 struct Tiles {
-    Index samples, down, across;
+    Index samples, outputs, down, across;  // outputs: of a tile, in either dim
     TileAnchor anchor;
 
     Tiles(const Convolution& c, TileAnchor anchor)
         : samples(c.samples),
-          down(ceil_div(c.output[1] + anchor.h, OUTPUTS)),
-          across(ceil_div(c.output[2] + anchor.w, OUTPUTS)),
+          outputs(outputs_of(int(c.kernel[1]))),
+          down(ceil_div(c.output[1] + anchor.h, outputs)),
+          across(ceil_div(c.output[2] + anchor.w, outputs)),
           anchor(anchor) {}
     Index count() const { return samples * down * across; }
     Place place(Index column) const {
         const Index j = column % across, i = column / across % down;
-        return {column / across / down, i * OUTPUTS - anchor.h, j * OUTPUTS - anchor.w, i > 0, j > 0};
+        return {column / across / down, i * outputs - anchor.h, j * outputs - anchor.w, i > 0, j > 0};
     }
 };
 
@@ -126,15 +127,23 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
     }
 }
 
-// The panels [first, last) of the products `from` become outputs: + bias (may be null) [+ what stands there].
+// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL, + bias (may be null) [+ what
+// stands there].
+template <int KERNEL>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
                    Index last, const float* bias, bool accumulate);
 
-// The panels [first, last) of the products `from` become shares of the gradient by the inputs. Each tile covers two rows
-// and two columns that the tiles above and to the left cover too: as tiles come in the order of their numbers, the first
-// one there stores and later ones add. Another thread works on the tiles above number `seam_end`: what is shared with
-// them goes to `seam`, an image of two rows.
+// Rows of an image, from `row` of `sample` on, that another thread writes to: here go this one's shares.
+struct Seam {
+    Image<float> rows;  // none if null
+    Index sample, row;
+};
+
+// The panels [first, last) of the products `from` become shares of the gradient by the inputs. Each tile covers
+// KERNEL - 1 rows and columns that the tiles above and to the left cover too: as tiles come in the order of their
+// numbers, the first one there stores and later ones add. Shares of the rows of a seam go there.
+template <int KERNEL>
 void write_input_gradients(const Image<float>& dx, const Tiles& tiles, const Block& block, const Matrices& from,
-                           Index first, Index last, const Image<float>& seam, Index seam_end);
+                           Index first, Index last, const Seam& seam);
 
 }  // namespace hpctrain::HPCTRAIN_ISA::winograd

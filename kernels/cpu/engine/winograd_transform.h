@@ -1,28 +1,53 @@
-// The transforms of F(4, 3) for one dim, and their application to both dims of a tile.
+// Winograd's transforms for one dim, and their application to both dims of a tile.
 //
-// Four outputs y of a kernel g over six inputs d are y = A^T [(G g) * (B^T d)] (Lavin & Gray 2016), with matrices that
-// follow from the points 0, +-P, +-Q and infinity (Toom-Cook). Gradients are the adjoints: dd = B [(G g) * (A dy)] and
-// dg = G^T [(B^T d) * (A dy)].
+// M outputs y of a kernel g of K taps over six inputs d, M + K = 7, are y = A^T [(G g) * (B^T d)] (Lavin & Gray 2016),
+// with matrices that follow from the points 0, +-P, +-Q and infinity (Toom-Cook): F(4, 3) for K = 3, F(2, 5) for K = 5.
+// Gradients are the adjoints: dd = B [(G g) * (A dy)] and dg = G^T [(B^T d) * (A dy)].
 //
-// Accuracy. The usual points 0, +-1, +-2 lose accuracy: with random d and g the squares of the terms of y sum up to 31^2
-// times those of a direct convolution in a tile. P = 11/16 and Q = 23/16 lose least of all sixteenths (7^2; the gradients
-// by d and g: 6.5^2 and 6^2), cost as many operations, and all their powers that are needed are exact in float. So if a
-// direct convolution has an error of about e, this has one of AMPLIFICATION * e, e being eps times the root of the
-// longest run of sums, plus the few roundings of the transforms: max|error| / max|y| stays below
-// AMPLIFICATION * eps * (8 + sqrt(terms per sum)), where a sum has at most the terms of one block of the contraction
-// (winograd_product.h), to which the number of blocks is added.
+// Accuracy. What is summed up in a tile is larger than in a direct convolution, and cancels. With random d and g the
+// squares of its terms sum up to A times those of a direct one, per dim. The usual points 0, +-1, +-2 have A = 31 (K = 3:
+// y; 17 and 24 for the gradients by d and g). P = 11/16 and Q = 23/16 have the least of all sixteenths: 7.2, 6.5 and 6.0;
+// for K = 5: 5.5, 9.1 and 9.7. They take as many operations, and all their powers in A and B are exact in float.
+// The rounding of a sum of n random terms is about eps sqrt(n) of its size at worst. In two dims the root of A counts
+// twice, so that max|error| / max|y| should stay below A eps (8 + sqrt(n) + sqrt(m)) for m runs of n terms each, which
+// are added to each other (RUN in winograd_product.h); the 8 stands for the transforms, each of less than 2 x 8 roundings.
 #pragma once
 
 #include "simd.h"
 
 namespace hpctrain::HPCTRAIN_ISA::winograd {
 
-constexpr int OUTPUTS = 4, INPUTS = 6, TAPS = 3, POINTS = INPUTS * INPUTS;
+constexpr int INPUTS = 6, POINTS = INPUTS * INPUTS;
+constexpr int outputs_of(int kernel) { return INPUTS - kernel + 1; }
 
-constexpr float P = 11.0f / 16, Q = 23.0f / 16;
-constexpr float P2 = P * P, P3 = P2 * P, Q2 = Q * Q, Q3 = Q2 * Q;
+constexpr float P = 11.0f / 16, Q = 23.0f / 16, P2 = P * P, Q2 = Q * Q;
+constexpr float POWERS_P[] = {1, P, P2, P2 * P, P2 * P2}, POWERS_Q[] = {1, Q, Q2, Q2 * Q, Q2 * Q2};
 // Denominators of G: products of the differences of a point from all others.
 constexpr float AT_0 = 1 / (P2 * Q2), AT_P = 1 / (2 * P2 * (P2 - Q2)), AT_Q = 1 / (2 * Q2 * (Q2 - P2));
+
+// The sums of what belongs to +p and -p, by the parity of the power of p that they are multiplied with.
+struct Parities {
+    V p[2], q[2];
+    explicit Parities(const V (&m)[INPUTS]) : p{m[1] + m[2], m[1] - m[2]}, q{m[3] + m[4], m[3] - m[4]} {}
+    V power(int n) const { return POWERS_P[n] * p[n % 2] + POWERS_Q[n] * q[n % 2]; }
+};
+
+// The values of the polynomial with these coefficients at the points, times `at` for each pair of points.
+template <int N>
+inline void evaluate(const V (&c)[N], float at_0, float at_p, float at_q, V (&to)[INPUTS]) {
+    V p[2] = {at_p * c[0], (at_p * P) * c[1]}, q[2] = {at_q * c[0], (at_q * Q) * c[1]};
+#pragma GCC unroll 4
+    for (int n = 2; n < N; ++n) {
+        p[n % 2] += (at_p * POWERS_P[n]) * c[n];
+        q[n % 2] += (at_q * POWERS_Q[n]) * c[n];
+    }
+    to[0] = at_0 * c[0];
+    to[1] = p[0] + p[1];
+    to[2] = p[0] - p[1];
+    to[3] = q[0] + q[1];
+    to[4] = q[0] - q[1];
+    to[5] = c[N - 1];
+}
 
 // B^T d: a tile of inputs.
 struct Input {
@@ -55,57 +80,44 @@ struct InputAdjoint {
 };
 
 // A^T m: a tile of outputs.
+template <int KERNEL>
 struct Output {
-    static constexpr int FROM = INPUTS, TO = OUTPUTS;
+    static constexpr int FROM = INPUTS, TO = outputs_of(KERNEL);
     static inline void apply(const V (&m)[FROM], V (&to)[TO]) {
-        const V even_p = m[1] + m[2], odd_p = m[1] - m[2];
-        const V even_q = m[3] + m[4], odd_q = m[3] - m[4];
-        to[0] = (even_p + even_q) + m[0];
-        to[1] = P * odd_p + Q * odd_q;
-        to[2] = P2 * even_p + Q2 * even_q;
-        to[3] = P3 * odd_p + (Q3 * odd_q + m[5]);
+        const Parities pairs(m);
+        to[0] = (pairs.p[0] + pairs.q[0]) + m[0];
+#pragma GCC unroll 4
+        for (int n = 1; n < TO; ++n) to[n] = pairs.power(n);
+        to[TO - 1] += m[5];
     }
 };
 
 // A dy, its adjoint: a tile of gradients by the outputs.
+template <int KERNEL>
 struct OutputAdjoint {
-    static constexpr int FROM = OUTPUTS, TO = INPUTS;
-    static inline void apply(const V (&dy)[FROM], V (&to)[TO]) {
-        const V even_p = dy[0] + P2 * dy[2], odd_p = P * dy[1] + P3 * dy[3];
-        const V even_q = dy[0] + Q2 * dy[2], odd_q = Q * dy[1] + Q3 * dy[3];
-        to[0] = dy[0];
-        to[1] = even_p + odd_p;
-        to[2] = even_p - odd_p;
-        to[3] = even_q + odd_q;
-        to[4] = even_q - odd_q;
-        to[5] = dy[3];
-    }
+    static constexpr int FROM = outputs_of(KERNEL), TO = INPUTS;
+    static inline void apply(const V (&dy)[FROM], V (&to)[TO]) { evaluate<FROM>(dy, 1, 1, 1, to); }
 };
 
 // G g: the weights.
+template <int KERNEL>
 struct Weights {
-    static constexpr int FROM = TAPS, TO = INPUTS;
-    static inline void apply(const V (&g)[FROM], V (&to)[TO]) {
-        const V even_p = AT_P * g[0] + (AT_P * P2) * g[2], odd_p = (AT_P * P) * g[1];
-        const V even_q = AT_Q * g[0] + (AT_Q * Q2) * g[2], odd_q = (AT_Q * Q) * g[1];
-        to[0] = AT_0 * g[0];
-        to[1] = even_p + odd_p;
-        to[2] = even_p - odd_p;
-        to[3] = even_q + odd_q;
-        to[4] = even_q - odd_q;
-        to[5] = g[2];
-    }
+    static constexpr int FROM = KERNEL, TO = INPUTS;
+    static inline void apply(const V (&g)[FROM], V (&to)[TO]) { evaluate<FROM>(g, AT_0, AT_P, AT_Q, to); }
 };
 
 // G^T u, its adjoint: the gradient by the weights.
+template <int KERNEL>
 struct WeightsAdjoint {
-    static constexpr int FROM = INPUTS, TO = TAPS;
+    static constexpr int FROM = INPUTS, TO = KERNEL;
     static inline void apply(const V (&u)[FROM], V (&to)[TO]) {
-        const V even_p = u[1] + u[2], odd_p = u[1] - u[2];
-        const V even_q = u[3] + u[4], odd_q = u[3] - u[4];
-        to[0] = AT_0 * u[0] + AT_P * even_p + AT_Q * even_q;
-        to[1] = (AT_P * P) * odd_p + (AT_Q * Q) * odd_q;
-        to[2] = (AT_P * P2) * even_p + (AT_Q * Q2) * even_q + u[5];
+        Parities pairs(u);
+        for (V& v : pairs.p) v *= AT_P;
+        for (V& v : pairs.q) v *= AT_Q;
+        to[0] = AT_0 * u[0] + (pairs.p[0] + pairs.q[0]);
+#pragma GCC unroll 4
+        for (int n = 1; n < TO; ++n) to[n] = pairs.power(n);
+        to[TO - 1] += u[5];
     }
 };
 
