@@ -12,6 +12,7 @@ from hpctrain.backends.reference import Reference
 from hpctrain.errors import BackendUnavailable
 
 COMPILED = (
+    *("conv", "conv_dx", "conv_dw", "gemm"),
     *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
     *("moments", "normalize", "normalize_grad", "normalize_dx"),
@@ -19,15 +20,18 @@ COMPILED = (
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
-Of normalization those whose statistics are one number per channel, as in batch normalization.
+Convolution and matrix multiplication in float32; of normalization those whose statistics are one number per channel, as
+in batch normalization.
 """
 
 
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 
-    Sums are taken in double precision, in an order that depends on shapes alone. Raises BackendUnavailable without the
-    compiled module hpctrain._native, TypeError or ValueError on arrays that do not fit.
+    Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and matrix
+    products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
+    BackendUnavailable without the compiled module hpctrain._native or without what HPCTRAIN_ISA asks for, TypeError or
+    ValueError on arrays that do not fit.
     """
 
     name = "native"
@@ -36,6 +40,10 @@ class Native(Reference):
         """Where `exact`, never use Winograd's convolution, which is faster but rounds about 3 times as much."""
         self._kernels = _import_kernels()
         self._exact = exact
+        try:
+            self._kernels.isa()
+        except ValueError as error:
+            raise BackendUnavailable(f"backend 'native': {error}") from error
 
     def describe(self) -> str:
         inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
@@ -43,8 +51,9 @@ class Native(Reference):
         # a gradient is computed by what computes its operation
         families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
-            f"native: compiled kernels for {len(COMPILED)} operations; NumPy {np.__version__} for {', '.join(families)}"
-            ", and normalization other than per channel"
+            f"native: compiled kernels for {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
+            f"NumPy {np.__version__} for {', '.join(families)}, convolution and matrix products in float64, and "
+            "normalization other than per channel"
         )
 
     def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
