@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,11 +90,23 @@ class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How weights are updated."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "adam", "lars"] = "sgd"
     lr: Positive
     momentum: Fraction = 0.0
+    """sgd, lars."""
     nesterov: bool = False
+    """sgd."""
     weight_decay: NotNegative = 0.0
+    decoupled_decay: bool = False
+    """adam: weights shrink by lr * weight_decay apart from the gradient: AdamW."""
+    beta1: Fraction = 0.9
+    """adam: how much of the gradient's running mean stays at each update."""
+    beta2: Fraction = 0.999
+    """adam: the same for the mean of its square."""
+    eps: Positive = 1e-8
+    """adam: added to the root of the latter."""
+    trust_coefficient: Positive = 0.001
+    """lars: how long a step of a parameter is beside its norm, at lr = 1 and without momentum."""
     schedule: Schedule = Schedule()
 
 
@@ -217,6 +229,12 @@ def _builtins(config: Config) -> dict[str, Any]:
 
 # --- checks that need more than one key ------------------------------------------------------------------------------
 
+_OPTIM_KEYS = {
+    "sgd": ("momentum", "nesterov"),
+    "adam": ("beta1", "beta2", "eps", "decoupled_decay"),
+    "lars": ("momentum", "trust_coefficient"),
+}
+
 _SCHEDULE_KEYS = {
     "constant": (),
     "step": ("milestones", "gamma"),
@@ -229,13 +247,12 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     """Keys that are right alone and wrong together."""
     optim, train, grid = config.optim, config.train, config.plan.grid
     schedule = optim.schedule
-    if optim.nesterov and optim.momentum == 0:
+    yield from _without_effect(("optim",), optim, Optim(lr=optim.lr), _OPTIM_KEYS, "optimizer")
+    yield from _without_effect(("optim", "schedule"), schedule, Schedule(), _SCHEDULE_KEYS, "schedule")
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         yield Problem(("optim", "nesterov"), "needs momentum; set optim.momentum, for instance 0.9")
-    for key, default in asdict(Schedule()).items():
-        users = [name for name, keys in _SCHEDULE_KEYS.items() if key in keys]
-        if users and schedule.name not in users and getattr(schedule, key) != default:
-            text = f"has no effect with schedule {schedule.name!r}; it belongs to {' and '.join(users)}"
-            yield Problem(("optim", "schedule", key), text)
+    if optim.name == "adam" and optim.decoupled_decay and optim.weight_decay == 0:
+        yield Problem(("optim", "decoupled_decay"), "needs a decay; set optim.weight_decay, for instance 0.01")
     if schedule.name == "step" and not schedule.milestones:
         yield Problem(("optim", "schedule", "milestones"), "schedule 'step' needs epochs, for instance [30, 60]")
     if list(schedule.milestones) != sorted(set(schedule.milestones)):
@@ -247,6 +264,17 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     if isinstance(grid, Grid) and grid.batch > train.batch:
         text = f"more blocks than train.batch has samples ({train.batch}); lower the grid or raise the batch"
         yield Problem(("plan", "grid", "batch"), text)
+
+
+def _without_effect(
+    path: tuple[str, ...], given: Any, default: Any, keys: Mapping[str, tuple[str, ...]], what: str
+) -> Iterator[Problem]:
+    """Keys of `given`, differing from `default`, that belong to choices of `given.name` other than the one made."""
+    for key, value in asdict(default).items():
+        users = [name for name, used in keys.items() if key in used]
+        if users and given.name not in users and getattr(given, key) != value:
+            text = f"has no effect with {what} {given.name!r}; it belongs to {' and '.join(users)}"
+            yield Problem((*path, key), text)
 
 
 def _absolute(config: Config) -> Config:

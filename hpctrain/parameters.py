@@ -10,6 +10,7 @@ import numpy as np
 
 from hpctrain import randomness
 from hpctrain.layers import Weight
+from hpctrain.optim import Shard
 from hpctrain.partition import Box, Partition, Shape, extent
 from hpctrain.planner.layout import Layout
 from hpctrain.regions import Distribution
@@ -50,6 +51,7 @@ class Parameters:
     """
 
     def __init__(self, layouts: Iterable[Layout], rank: int, dtype: np.dtype, seed: int) -> None:
+        self.rank = rank
         declared = sorted_by_group(layouts)
         total = sum(prod(extent(d.box(rank))) for _, _, d in declared)
         self.weights, self.gradients = np.zeros(total, dtype), np.zeros(total, dtype)
@@ -73,17 +75,13 @@ class Parameters:
             self.groups[group] = slice(self.groups.get(group, stretch).start, stretch.stop)
             at = stretch.stop
 
-    def runs(self) -> list[tuple[slice, bool]]:
-        """Stretches of the flat buffers that share one decay flag, in order: what one optimizer call can update."""
-        found: list[tuple[slice, bool]] = []
-        at = 0
-        for parameter in self.by_name.values():
-            stop = at + parameter.array.size
-            if found and found[-1][1] == parameter.decay:
-                found[-1] = (slice(found[-1][0].start, stop), parameter.decay)
-            else:
-                found.append((slice(at, stop), parameter.decay))
-            at = stop
+    def shards(self) -> list[Shard]:
+        """Where each parameter lies in the flat buffers, in order, for an optimizer."""
+        found, at = [], 0
+        for p in self.by_name.values():
+            where = slice(at, at + p.array.size)
+            found.append(Shard(where, p.decay, p.distribution.is_first_replica(self.rank)))
+            at = where.stop
         return found
 
     def like(self, flat: np.ndarray, prefix: str) -> list[Tensor]:

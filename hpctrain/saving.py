@@ -17,7 +17,7 @@ from hpctrain.console import Console
 from hpctrain.errors import CheckpointError, NumericsError
 from hpctrain.executor import Executor
 from hpctrain.metrics import Totals
-from hpctrain.optim.sgd import SGD
+from hpctrain.optim import Optimizer
 from hpctrain.parameters import Tensor
 
 
@@ -35,10 +35,10 @@ class Saver:
     """Saves and restores one run: parameters, statistics, optimizer state, progress. All methods are collective."""
 
     def __init__(
-        self, world: World, config: Config, executor: Executor, optimizer: SGD, data_uuid: str, console: Console
+        self, world: World, config: Config, executor: Executor, optimizer: Optimizer, data_uuid: str, console: Console
     ) -> None:
         self.world, self.config, self.executor, self.console = world, config, executor, console
-        self.folder = Path(config.run.folder)
+        self.optimizer, self.folder = optimizer, Path(config.run.folder)
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
         self.tensors: list[Tensor] = [*executor.tensors(), *kept]
@@ -61,6 +61,7 @@ class Saver:
             **asdict(at),
             "plan": self._partitions(),
             "ranks": self.world.size,
+            "updates": self.optimizer.updates,
             "optim": self._optim(),
         }
         folder = self.folder / "checkpoints"
@@ -92,6 +93,7 @@ class Saver:
         self.saved = None if elsewhere else found.step
         self._say_resumed(found)
         state = found.state
+        self.optimizer.updates = state["updates"]
         return Progress(state["epoch"], state["position"], state["step"], Totals(**state["totals"]))
 
     def _require_same_run(self, found: checkpoint.Checkpoint, resume: Path) -> None:
@@ -101,6 +103,12 @@ class Saver:
                     f"{found.path}: was made with another {what} ({found.state.get(what)}, now {mine}); "
                     f"resume with {resume / 'config.toml'}, or give run.folder another name and start anew"
                 )
+        made_by, mine = found.state["optim"]["optim.name"], self.config.optim.name
+        if made_by != mine:  # their states have nothing in common
+            raise CheckpointError(
+                f"{found.path}: was made with optim.name = {made_by!r}, now {mine!r}; go on with {made_by!r}, or give "
+                "run.folder another name and start anew"
+            )
 
     def _say_resumed(self, found: checkpoint.Checkpoint) -> None:
         changed = found.state["plan"] != self._partitions()

@@ -66,7 +66,7 @@ class Trainer:
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[config.optim.name](
-            flat.weights, flat.gradients, flat.runs(), backend, config.optim
+            flat.weights, flat.gradients, flat.shards(), backend, config.optim, self.comm
         )
         with all_ranks(self.comm):
             self.feed = Feed(self.data, batches, self.executor)

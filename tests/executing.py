@@ -14,7 +14,7 @@ from hpctrain.executor import Executor
 from hpctrain.graph import Graph
 from hpctrain.layers import Input, Loss, Phase
 from hpctrain.layers.loss import LOSS
-from hpctrain.optim import SGD
+from hpctrain.optim import TABLE
 from hpctrain.partition import Box, volume
 from hpctrain.planner.layout import differentiable
 from hpctrain.planner.plan import Plan
@@ -30,17 +30,17 @@ Blocks = dict[str, tuple[Box, np.ndarray]]
 """What was computed -> this rank's box of the global array, and what it has there."""
 
 
-def train(net: Graph, plan: Plan, comm: Any, data: Data) -> Blocks:
+def train(net: Graph, plan: Plan, comm: Any, data: Data, optim: Optim = OPTIM) -> Blocks:
     """A training step for each entry of `data`; outputs, gradients and weights of each."""
     executor = Executor(net, plan, comm, Reference(), "float64")
     load_weights(executor, data)
     flat = executor.parameters
-    sgd = SGD(flat.weights, flat.gradients, flat.runs(), executor.backend, OPTIM)
+    optimizer = TABLE[optim.name](flat.weights, flat.gradients, flat.shards(), executor.backend, optim, comm)
     found: Blocks = {}
     for step in range(len(next(iter(data.inputs.values())))):
         forward_backward(executor, data, step)
         found |= {f"step {step}: {name}": block for name, block in blocks(executor).items()}
-        sgd.step(OPTIM.lr)
+        optimizer.step(optim.lr)
         for tensor in executor.tensors():
             found[f"step {step}: {tensor.name} updated"] = (tensor.box, tensor.array.copy())
     executor.free()
@@ -84,11 +84,11 @@ def blocks(executor: Executor) -> Blocks:
     return found
 
 
-def serial(net: Graph, data: Data) -> Blocks:
+def serial(net: Graph, data: Data, optim: Optim = OPTIM) -> Blocks:
     """`train` on this rank alone: whole arrays."""
     from mpi4py import MPI
 
-    return train(net, single(net), MPI.COMM_SELF, data)
+    return train(net, single(net), MPI.COMM_SELF, data, optim)
 
 
 def assert_equal(found: Blocks, expected: Blocks, plan: Plan) -> None:

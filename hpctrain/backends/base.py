@@ -186,3 +186,31 @@ class Backend(Protocol):
 
         With Nesterov w -= lr * (g' + momentum * velocity), PyTorch's form of Sutskever et al. 2013. 1D arrays.
         """
+
+    def adam_update(
+        self,
+        w: Floats,
+        g: Floats,
+        mean: Floats,
+        square: Floats,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        update: int,
+    ) -> None:
+        """With g' = g + weight_decay * w, or if `decoupled` first w -= lr * weight_decay * w and g' = g, in place:
+
+        mean = beta1 * mean + (1 - beta1) * g', square = beta2 * square + (1 - beta2) * g'^2, and with t = `update`,
+        from 1: w -= lr * mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps). 1D arrays.
+        """
+
+    def lars_update(
+        self, w: Floats, g: Floats, velocity: Floats, rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        """velocity = momentum * velocity + rate * (g + weight_decay * w), then w -= velocity, in place. 1D arrays."""
+
+    def sum_squares(self, x: Floats) -> float:
+        """The sum of x^2 in float64, of a 1D array."""

@@ -12,27 +12,38 @@ from hpctrain.backends.reference import Reference
 from hpctrain.errors import BackendUnavailable
 
 COMPILED = (
+    *("conv", "conv_dx", "conv_dw", "gemm"),
     *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
-    *("moments", "normalize", "normalize_grad", "normalize_dx", "sgd_update"),
+    *("moments", "normalize", "normalize_grad", "normalize_dx"),
+    *("sgd_update", "adam_update", "lars_update", "sum_squares"),
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
-Of normalization those whose statistics are one number per channel, as in batch normalization.
+Convolution and matrix multiplication in float32; of normalization those whose statistics are one number per channel, as
+in batch normalization.
 """
 
 
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 
-    Sums are taken in double precision, in an order that depends on shapes alone. Raises BackendUnavailable without the
-    compiled module hpctrain._native, TypeError or ValueError on arrays that do not fit.
+    Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and matrix
+    products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
+    BackendUnavailable without the compiled module hpctrain._native or without what HPCTRAIN_ISA asks for, TypeError or
+    ValueError on arrays that do not fit.
     """
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
+        """Where `exact`, never use Winograd's convolution, which is faster but rounds about 3 times as much."""
         self._kernels = _import_kernels()
+        self._exact = exact
+        try:
+            self._kernels.isa()
+        except ValueError as error:
+            raise BackendUnavailable(f"backend 'native': {error}") from error
 
     def describe(self) -> str:
         inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
@@ -40,9 +51,34 @@ class Native(Reference):
         # a gradient is computed by what computes its operation
         families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
-            f"native: compiled kernels for {len(COMPILED)} operations; NumPy {np.__version__} for {', '.join(families)}"
-            ", and normalization other than per channel"
+            f"native: compiled kernels for {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
+            f"NumPy {np.__version__} for {', '.join(families)}, convolution and matrix products in float64, and "
+            "normalization other than per channel"
         )
+
+    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        if out.dtype == np.float32:
+            self._kernels.conv(x, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv(x, w, out, stride, dilation, groups)
+
+    def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        if out.dtype == np.float32:
+            self._kernels.conv_dx(dy, w, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dx(dy, w, out, stride, dilation, groups)
+
+    def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+        if out.dtype == np.float32:
+            self._kernels.conv_dw(x, dy, out, stride, dilation, groups, exact=self._exact)
+        else:
+            super().conv_dw(x, dy, out, stride, dilation, groups)
+
+    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        if out.dtype == np.float32:
+            self._kernels.gemm(a, b, out, transpose_a, transpose_b)
+        else:
+            super().gemm(a, b, out, transpose_a, transpose_b)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)
@@ -118,6 +154,31 @@ class Native(Reference):
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
     ) -> None:
         self._kernels.sgd_update(w, g, velocity, lr, momentum, weight_decay, nesterov)
+
+    def adam_update(
+        self,
+        w: Floats,
+        g: Floats,
+        mean: Floats,
+        square: Floats,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        update: int,
+    ) -> None:
+        self._kernels.adam_update(w, g, mean, square, lr, beta1, beta2, eps, weight_decay, decoupled, update)
+
+    def lars_update(
+        self, w: Floats, g: Floats, velocity: Floats, rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        self._kernels.lars_update(w, g, velocity, rate, momentum, weight_decay)
+
+    def sum_squares(self, x: Floats) -> float:
+        found: float = self._kernels.sum_squares(x)
+        return found
 
 
 def _import_kernels() -> Any:

@@ -209,6 +209,41 @@ class Reference:
         velocity += step
         w -= lr * (step + momentum * velocity if nesterov else velocity)
 
+    def adam_update(
+        self,
+        w: Floats,
+        g: Floats,
+        mean: Floats,
+        square: Floats,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        update: int,
+    ) -> None:
+        if decoupled:
+            w *= 1.0 - lr * weight_decay
+        else:
+            g = g + weight_decay * w
+        mean *= beta1
+        mean += (1.0 - beta1) * g
+        square *= beta2
+        square += (1.0 - beta2) * (g * g)
+        root = np.sqrt(square) * (1.0 - beta2**update) ** -0.5
+        w -= lr / (1.0 - beta1**update) * (mean / (root + eps))
+
+    def lars_update(
+        self, w: Floats, g: Floats, velocity: Floats, rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        velocity *= momentum
+        velocity += rate * (g + weight_decay * w)
+        w -= velocity
+
+    def sum_squares(self, x: Floats) -> float:
+        return float(np.square(x, dtype=np.float64).sum())
+
 
 def _sum_to(x: Array, like: Array) -> Array:
     """x summed in float64 over the dims that `like`, which broadcasts against it, has not or has as 1."""

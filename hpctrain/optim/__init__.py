@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from hpctrain.optim.adam import Adam
+from hpctrain.optim.base import Optimizer, Shard
+from hpctrain.optim.lars import LARS
 from hpctrain.optim.sgd import SGD
 
-TABLE = {"sgd": SGD}
+TABLE: dict[str, type[SGD] | type[Adam] | type[LARS]] = {"sgd": SGD, "adam": Adam, "lars": LARS}
+
+__all__ = ["LARS", "SGD", "TABLE", "Adam", "Optimizer", "Shard"]

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpctrain.backends.base import Backend, Floats
 from hpctrain.config import Optim
+from hpctrain.optim.base import Shard, runs
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class SGD:
-    """Updates flat `weights` (n,) from `gradients` (n,); decays only the runs (stretch, True).
-
-    `state` holds what a checkpoint must keep, by name, shaped like `weights`.
-    """
+    """PyTorch's: weight decay is added to the gradient, and the learning rate multiplies the velocity."""
 
     def __init__(
         self,
         weights: Floats,
         gradients: Floats,
-        runs: Sequence[tuple[slice, bool]],
+        shards: Sequence[Shard],
         backend: Backend,
         config: Optim,
+        comm: MPI.Intracomm | None = None,
     ) -> None:
-        self.weights, self.gradients, self.runs = weights, gradients, runs
+        self.weights, self.gradients, self.runs = weights, gradients, runs(shards)
         self.backend, self.config = backend, config
         self.state = {"velocity": np.zeros_like(weights)}
+        self.updates = 0
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`."""
+        self.updates += 1
         for run, decay in self.runs:
             self.backend.sgd_update(
                 self.weights[run],

@@ -185,6 +185,9 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
     inputs = [volume(want.box(rank)) for want in place.inputs]
     compiled, largest = backend == "native", max(output, *inputs)
     match layer:
+        case Conv() | ConvTranspose() if compiled and itemsize == 4:  # packed, or by Winograd 36 numbers for 9 taps
+            spread = output * itemsize if isinstance(layer, ConvTranspose) else 0
+            return ENGINE_BYTES + 4 * itemsize * volume(place.weights["weight"].box(rank)) + spread
         case Conv() | ConvTranspose():  # unfolded
             taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
             positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
@@ -214,6 +217,9 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
         case _:
             return itemsize * largest
 
+
+ENGINE_BYTES = 2 * 2**20
+"""What the compiled convolution works in: blocks that stay in a core's cache."""
 
 _LOSS_ARRAYS = {BCEWithLogits: 3, Huber: 4}
 """Arrays as large as the predictions that a loss of elements takes, where they are not 2."""

@@ -83,4 +83,21 @@ void normalize_grad(const Layout<2>& rows, Index channels, const T* dy, const T*
 template <class T>
 void sgd_update(Index n, T* w, const T* g, T* velocity, T lr, T momentum, T weight_decay, bool nesterov);
 
+// What is the same for all weights of an update of Adam, computed in double and then rounded once.
+template <class T>
+struct AdamFactors {
+    T rate;          // lr / (1 - beta1^t)
+    T correction;    // 1 / sqrt(1 - beta2^t)
+    T beta1, rest1;  // and 1 - beta1
+    T beta2, rest2;
+    T eps, weight_decay, keep;  // of the weight: 1, or 1 - lr * weight decay where that is decoupled
+};
+
+template <class T>
+void adam_update(Index n, T* w, const T* g, T* mean, T* square, const AdamFactors<T>& factors);
+template <class T>
+void lars_update(Index n, T* w, const T* g, T* velocity, T rate, T momentum, T weight_decay);
+template <class T>
+double sum_squares(Index n, const T* x);
+
 }  // namespace hpctrain

@@ -249,6 +249,34 @@ void test_optimizer(std::mt19937& random) {
 }
 
 template <class T>
+void test_adaptive_optimizers(std::mt19937& random) {
+    const double eps = 100 * std::numeric_limits<T>::epsilon();
+    Block<T> w(1, 1, 77, 0, random), g(1, 1, 77, 0, random), mean(1, 1, 77, 0, random), square(1, 1, 77, 0, random);
+    for (T& value : square.data) value *= value;
+    Block<T> w0 = w, m0 = mean, s0 = square;
+    const AdamFactors<T> f{T(0.2), T(2), T(0.9), T(0.1), T(0.99), T(0.01), T(0.5), T(0.03), T(0.875)};
+    adam_update<T>(77, w.data.data(), g.data.data(), mean.data.data(), square.data.data(), f);
+    for (size_t i = 0; i < 77; ++i) {
+        const double slope = g.data[i] + 0.03 * w0.data[i], m = 0.9 * m0.data[i] + 0.1 * slope;
+        const double s = 0.99 * s0.data[i] + 0.01 * slope * slope;
+        expect_near<T>("mean", mean.data[i], m, eps);
+        expect_near<T>("square", square.data[i], s, eps);
+        expect_near<T>("weights", w.data[i], 0.875 * w0.data[i] - 0.2 * m / (2 * std::sqrt(s) + 0.5), eps);
+    }
+    w0 = w, m0 = mean;
+    lars_update<T>(77, w.data.data(), g.data.data(), mean.data.data(), T(0.1), T(0.9), T(0.01));
+    for (size_t i = 0; i < 77; ++i) {
+        const double v = 0.9 * m0.data[i] + 0.1 * (g.data[i] + 0.01 * w0.data[i]);
+        expect_near<T>("velocity", mean.data[i], v, eps);
+        expect_near<T>("weights", w.data[i], w0.data[i] - v, eps);
+    }
+    for (Index n : {0, 1, 31, 32, 33, 4096, 4097, 20000}) {
+        const std::vector<T> x(n, T(0.5));  // every sum is exact
+        expect_near<T>("sum_squares", T(sum_squares<T>(n, x.data())), 0.25 * double(n), 0);
+    }
+}
+
+template <class T>
 void test_all() {
     std::mt19937 random(20);
     for (Index channels : {0, 1, 2, 3, 5, 31, 32, 33, 64, 65, 129, 300}) {
@@ -271,6 +299,7 @@ void test_all() {
     }
     test_reductions<T>(3, 5001, 3, 1, random);
     test_optimizer<T>(random);
+    test_adaptive_optimizers<T>(random);
 }
 
 }  // namespace

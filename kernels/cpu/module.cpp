@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "arrays.h"
+#include "bindings.h"
 #include "kernels.h"
 #include "runs.h"
 
@@ -26,9 +28,11 @@ Activation activation_of(const char* name, const std::string& kind) {
     refuse(name, "activation '" + kind + "' does not exist; choose one of " + known);
 }
 
-template <class F, class... Names>
-void def(nb::module_& m, const char* name, F function, Names... names) {
-    m.def(name, function, names.noconvert()..., nb::call_guard<nb::gil_scoped_release>());
+// Contiguous vectors of one length.
+template <class A, class... More>
+void vector(const char* name, const A& a, const More&... more) {
+    if (a.ndim() != 1) refuse(name, "1D arrays are needed, not " + shape_of(a));
+    channels(name, a, a, more...);
 }
 
 template <class T>
@@ -40,7 +44,7 @@ void define(nb::module_& m) {
     using Numbers = std::vector<Index>;
     using StatisticIn = const In<double>&;
     using StatisticOut = const Out<double>&;
-    const auto arg = [](const char* name) { return nb::arg(name); };
+    const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
 
     def(
         m, "add", [](I a, I b, O out) { add<T>(elements("add", a, b, out), a.data(), b.data(), out.data()); }, arg("a"),
@@ -172,36 +176,72 @@ void define(nb::module_& m) {
     def(
         m, "sgd_update",
         [](O w, I g, O velocity, double lr, double momentum, double weight_decay, bool nesterov) {
-            if (w.ndim() != 1) refuse("sgd_update", "1D arrays are needed, not " + shape_of(w));
-            channels("sgd_update", w, w, g, velocity);
+            vector("sgd_update", w, g, velocity);
             sgd_update<T>(Index(w.shape(0)), w.data(), g.data(), velocity.data(), T(lr), T(momentum), T(weight_decay),
                           nesterov);
         },
         arg("w"), arg("g"), arg("velocity"), arg("lr"), arg("momentum"), arg("weight_decay"), arg("nesterov"));
+
+    def(
+        m, "adam_update",
+        [](O w, I g, O mean, O square, double lr, double beta1, double beta2, double eps, double weight_decay,
+           bool decoupled, Index update) {
+            vector("adam_update", w, g, mean, square);
+            if (update < 1) refuse("adam_update", "updates are counted from 1, not " + std::to_string(update));
+            AdamFactors<T> f;
+            f.rate = T(lr / (1 - std::pow(beta1, double(update))));
+            f.correction = T(1 / std::sqrt(1 - std::pow(beta2, double(update))));
+            f.beta1 = T(beta1), f.rest1 = T(1 - beta1), f.beta2 = T(beta2), f.rest2 = T(1 - beta2);
+            f.eps = T(eps), f.weight_decay = T(decoupled ? 0 : weight_decay);
+            f.keep = T(decoupled ? 1 - lr * weight_decay : 1);
+            adam_update<T>(Index(w.shape(0)), w.data(), g.data(), mean.data(), square.data(), f);
+        },
+        arg("w"), arg("g"), arg("mean"), arg("square"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("weight_decay"), arg("decoupled"), arg("update"));
+
+    def(
+        m, "lars_update",
+        [](O w, I g, O velocity, double rate, double momentum, double weight_decay) {
+            vector("lars_update", w, g, velocity);
+            lars_update<T>(Index(w.shape(0)), w.data(), g.data(), velocity.data(), T(rate), T(momentum),
+                           T(weight_decay));
+        },
+        arg("w"), arg("g"), arg("velocity"), arg("rate"), arg("momentum"), arg("weight_decay"));
+
+    def(
+        m, "sum_squares",
+        [](I x) {
+            vector("sum_squares", x);
+            return sum_squares<T>(Index(x.shape(0)), x.data());
+        },
+        arg("x"));
 }
 
-// Tried last: says what was wrong with the arguments, which nanobind's own message does not.
 void define_refusals(nb::module_& m) {
-    for (const char* name : {"add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "max_pool", "max_pool_dx",
-                             "bias_add", "bias_grad", "sum_positions", "spread_positions", "moments", "normalize",
-                             "normalize_grad", "normalize_dx", "sgd_update"}) {
-        m.def(name, [name](const nb::args& arguments) {
-            std::string got;
-            for (nb::handle a : arguments) {
-                const bool array = nb::hasattr(a, "dtype");
-                got += (got.empty() ? "" : ", ") + std::string(nb::str(array ? a.attr("dtype") : a.type()).c_str());
-            }
-            const std::string text =
-                std::string("hpctrain._native.") + name +
-                ": takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
-                "outputs writeable; got " +
-                got;
-            throw nb::type_error(text.c_str());
-        });
+    for (const char* name :
+         {"add",          "multiply",        "relu",             "relu_dx",     "activate",    "activate_dx",
+          "max_pool",     "max_pool_dx",     "bias_add",         "bias_grad",   "moments",     "normalize",
+          "normalize_dx", "normalize_grad",  "sum_positions",    "sgd_update",  "adam_update", "lars_update",
+          "sum_squares",  "spread_positions"}) {
+        refuse_others(m, name,
+                      "takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
+                      "outputs writeable");
     }
 }
 
 }  // namespace
+
+void refuse_others(nb::module_& m, const char* name, const char* takes) {
+    m.def(name, [name, takes](const nb::args& arguments, const nb::kwargs&) {
+        std::string got;
+        for (nb::handle a : arguments) {
+            const bool array = nb::hasattr(a, "dtype");
+            got += (got.empty() ? "" : ", ") + std::string(nb::str(array ? a.attr("dtype") : a.type()).c_str());
+        }
+        throw nb::type_error((std::string("hpctrain._native.") + name + ": " + takes + "; got " + got).c_str());
+    });
+}
+
 }  // namespace hpctrain
 
 NB_MODULE(_native, m) {
@@ -209,4 +249,5 @@ NB_MODULE(_native, m) {
     hpctrain::define<float>(m);
     hpctrain::define<double>(m);
     hpctrain::define_refusals(m);
+    hpctrain::define_engine(m);
 }

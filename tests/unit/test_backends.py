@@ -5,7 +5,9 @@ Random shapes of odd sizes, contiguous and as views whose surroundings are NaN a
 
 from __future__ import annotations
 
+import os
 import tracemalloc
+from collections.abc import Iterator
 from itertools import product
 from math import prod
 
@@ -14,7 +16,26 @@ import pytest
 from cases import Arrays, Geometry, assert_close, cases
 from scipy.signal import correlate
 
+from hpctrain import backends
 from hpctrain.backends.base import Backend
+
+ENGINES = ["reference"]
+if os.environ.get("HPCTRAIN_NATIVE") != "0":
+    import hpctrain._native as kernels
+
+    ENGINES += [f"native, {isa}" for isa in kernels.isas()]
+
+
+@pytest.fixture(params=ENGINES)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend, and the compiled one with every instruction set that this machine has."""
+    name, _, isa = request.param.partition(", ")
+    if isa:
+        kernels.select_isa(isa)
+    yield backends.get(name)
+    if isa:
+        kernels.select_isa("")
+
 
 # --- convolution and matrix multiplication ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Bias, elementwise operations and optimizer of every backend against NumPy, SciPy and differences.
+"""Bias and elementwise operations of every backend against NumPy, SciPy and differences.
 
 And what holds for all operations: NaN passes through, empty arrays are fine.
 """
@@ -143,22 +143,6 @@ def test_unknown_kind_is_refused(backend: Backend) -> None:
     ):
         with pytest.raises(ValueError, match=f"loss 'hinge'.*{', '.join(POINTWISE_LOSSES)}"):
             call()
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_update(backend: Backend, dtype: np.dtype, seed: int, nesterov: bool) -> None:
-    arrays, size, lr, momentum, decay = Arrays(dtype, seed, strided=False), 1003, 0.1, 0.9, 0.01
-    w, velocity = arrays.normal(size), arrays.normal(size)
-    want_w, want_v = w.astype(float), velocity.astype(float)
-    for _ in range(3):
-        g = arrays.normal(size)
-        backend.sgd_update(w, g, velocity, lr, momentum, decay, nesterov)
-        for i in range(size):
-            slope = float(g[i]) + decay * want_w[i]
-            want_v[i] = momentum * want_v[i] + slope
-            want_w[i] -= lr * (slope + momentum * want_v[i] if nesterov else want_v[i])
-    assert_close(velocity, want_v, 20, dtype, 3 * 4)
-    assert_close(w, want_w, 20, dtype, 3 * 4)
 
 
 # --- what holds for all of them ---------------------------------------------------------------------------------------

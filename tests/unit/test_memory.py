@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,14 +239,15 @@ def test_peaks_are_shown_beside_the_plan() -> None:
     assert usage.largest(ranks) == {"peak_memory_bytes": 208 * 2**20, "predicted_memory_bytes": 100 * 2**20}
 
 
-def test_of_a_run_takes_precision_and_optimizer_from_the_config() -> None:
+@pytest.mark.parametrize(("optimizer", "arrays"), [("sgd", 1), ("adam", 2), ("lars", 1)])
+def test_of_a_run_takes_precision_and_optimizer_from_the_config(optimizer: Any, arrays: int) -> None:
     net = small()
     plan = uniform(net, Partition())
     config = Config(
         model=Model(name="lenet"),
         data=Data(train="nowhere"),
-        optim=Optim(lr=0.1),
+        optim=Optim(name=optimizer, lr=0.1),
         train=Train(epochs=1, batch=2, precision="float64"),
         run=Run(folder="nowhere"),
     )
-    assert memory.of_run(config, net, plan) == memory.predict(net, plan, precision="float64", optimizer_arrays=1)
+    assert memory.of_run(config, net, plan) == memory.predict(net, plan, precision="float64", optimizer_arrays=arrays)

@@ -28,12 +28,13 @@ def test_describe_says_what_computes_what() -> None:
     ours = {name for name in operations if getattr(Native, name) is not getattr(Reference, name)}
     assert ours == set(COMPILED)
     compiled, others = Native().describe().split("; NumPy ")
-    assert compiled == f"native: compiled kernels for {len(COMPILED)} operations"
+    isa = native._import_kernels().isa()
+    assert compiled == f"native: compiled kernels for {len(COMPILED)} operations, convolution with {isa}"
     gradients = ("_dx", "_dw")
     expected = sorted(name for name in operations - ours if not name.endswith(gradients))
-    families, rest = others.split(" for ")[1].split(", and ")
+    families, rest = others.split(" for ")[1].split(", convolution and ")
     assert sorted(families.split(", ")) == expected
-    assert rest == "normalization other than per channel"
+    assert rest == "matrix products in float64, and normalization other than per channel"
 
 
 def test_normalization_is_compiled_per_channel_and_numpy_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,235 @@
+"""How long convolutions and matrix products take: the engine and PyTorch, layer by layer of the benchmark networks.
+
+python benchmarks/conv.py [--networks resnet18,lenet] [--layers conv1] [--threads 2] [--quick] [--json]
+
+`peak` is the fraction of the multiply-adds that the core could do in that time, measured in the same run. Winograd's
+convolution needs fewer of them, so that it may be above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import FmaPeak, interleave, print_json, set_threads, timed
+from networks import CASES
+
+from hpctrain import backends
+from hpctrain.layers import Conv, Dense
+
+PASSES = ("forward", "dx", "dw")
+ERROR = 1e-4
+"""Largest |ours - theirs| / |theirs| of a result."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of x (N, *inputs, C), or with an empty kernel a dense layer."""
+
+    network: str
+    name: str
+    shape: tuple[int, ...]
+    filters: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        spatial = "x".join(map(str, self.shape[1:-1]))
+        kernel = "x".join(map(str, self.kernel))
+        return f"{self.shape[0]}x{spatial or 1} {self.shape[-1]}->{self.filters} {kernel or 'dense'}" + (
+            f" /{self.stride[0]}" if max(self.stride, default=1) > 1 else ""
+        )
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        sizes = zip(self.shape[1:-1], self.kernel, self.stride, self.padding, strict=True)
+        return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+
+    @property
+    def operations(self) -> int:
+        """Of one pass, multiplications and additions."""
+        return 2 * self.shape[0] * prod(self.outputs) * prod(self.kernel) * self.shape[-1] * self.filters
+
+
+def layers(network: str, quick: bool) -> Iterator[Layer]:
+    """The different convolutions and dense layers of a network."""
+    case, seen = CASES[network], set()
+    for node in case.build(max(1, case.batch // (8 if quick else 1))).nodes.values():
+        layer = node.layer
+        if not isinstance(layer, Conv | Dense):
+            continue
+        shape = node.input_shapes[0]
+        dims = len(shape) - 2
+        if isinstance(layer, Conv):
+            stride, padding = (tuple(np.broadcast_to(value, dims).tolist()) for value in (layer.stride, layer.padding))
+            kernel = tuple(np.broadcast_to(layer.kernel, dims).tolist())
+            found = Layer(network, node.name, shape, layer.filters, kernel, stride, padding)
+        else:
+            found = Layer(network, node.name, shape, layer.units, ())
+        if str(found) not in seen:
+            seen.add(str(found))
+            yield found
+
+
+class Work(NamedTuple):
+    """One pass of one side: what computes it, and the result, channels last."""
+
+    step: Callable[[], None]
+    result: Callable[[], np.ndarray]
+
+
+def arrays(layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, w and dy of order 1."""
+    rng = np.random.default_rng(1)
+    shapes = (
+        layer.shape,
+        (*layer.kernel, layer.shape[-1], layer.filters),
+        (layer.shape[0], *layer.outputs, layer.filters),
+    )
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return x, w, dy
+
+
+def ours(layer: Layer) -> dict[str, Work]:
+    """The engine's passes; x and dx have their padding around them, as the executor hands them over."""
+    native = backends.get("native")
+    x, w, dy = arrays(layer)
+    y, dw = np.empty_like(dy), np.empty_like(w)
+    padded = np.pad(x, [(0, 0), *((p, p) for p in layer.padding), (0, 0)])
+    dx = np.empty_like(padded)
+    inner = (slice(None), *(slice(p, p + n) for p, n in zip(layer.padding, layer.shape[1:-1], strict=True)))
+    if not layer.kernel:
+        return {
+            "forward": Work(lambda: native.gemm(x, w, y), lambda: y),
+            "dx": Work(lambda: native.gemm(dy, w, dx, transpose_b=True), lambda: dx),
+            "dw": Work(lambda: native.gemm(x, dy, dw, transpose_a=True), lambda: dw),
+        }
+    ones = (1,) * len(layer.kernel)
+    return {
+        "forward": Work(lambda: native.conv(padded, w, y, layer.stride, ones), lambda: y),
+        "dx": Work(lambda: native.conv_dx(dy, w, dx, layer.stride, ones), lambda: dx[inner]),
+        "dw": Work(lambda: native.conv_dw(padded, dy, dw, layer.stride, ones), lambda: dw),
+    }
+
+
+def torchs(layer: Layer, channels_last: bool) -> dict[str, Work]:
+    """PyTorch's passes, in one of its two formats."""
+    import torch
+
+    dims = len(layer.kernel)
+    x, w, dy = arrays(layer)
+    found: dict[str, Any] = {}
+
+    def work(name: str, compute: Callable[[], Any], to_numpy: Callable[[Any], np.ndarray]) -> Work:
+        return Work(lambda: found.__setitem__(name, compute()), lambda: to_numpy(found[name]))
+
+    if not layer.kernel:
+        tx, tw, tdy = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(w.T)), torch.from_numpy(dy)
+        return {
+            "forward": work("forward", lambda: torch.nn.functional.linear(tx, tw), lambda t: t.numpy()),
+            "dx": work("dx", lambda: tdy @ tw, lambda t: t.numpy()),
+            "dw": work("dw", lambda: tdy.T @ tx, lambda t: t.numpy().T),
+        }
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dims + 2)
+    memory_format = last if channels_last and last else torch.contiguous_format
+    tx, tdy = (torch.from_numpy(np.moveaxis(a, -1, 1).copy()).contiguous(memory_format=memory_format) for a in (x, dy))
+    tw = torch.from_numpy(np.moveaxis(w, (-1, -2), (0, 1)).copy()).contiguous(memory_format=memory_format)
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
+
+    def gradients(mask: list[bool]) -> Any:
+        rest = None, layer.stride, layer.padding, (1,) * dims, False, (0,) * dims, 1
+        return torch.ops.aten.convolution_backward(tdy, tx, tw, *rest, mask)
+
+    return {
+        "forward": work(
+            "forward",
+            lambda: convolve(tx, tw, None, layer.stride, layer.padding),
+            lambda t: np.moveaxis(t.numpy(), 1, -1),
+        ),
+        "dx": work("dx", lambda: gradients([True, False, False])[0], lambda t: np.moveaxis(t.numpy(), 1, -1)),
+        "dw": work(
+            "dw", lambda: gradients([False, True, False])[1], lambda t: np.moveaxis(t.numpy(), (0, 1), (-1, -2))
+        ),
+    }
+
+
+def measure(layer: Layer, asked: argparse.Namespace, peak: FmaPeak) -> Iterator[dict[str, Any]]:
+    """A record per pass. Raises SystemExit where the sides differ by more than rounding."""
+    sides = {"hpctrain": ours(layer), "nchw": torchs(layer, False), "channels_last": torchs(layer, True)}
+    if not layer.kernel:
+        del sides["channels_last"]
+    for which in PASSES:
+        works = {name: side[which] for name, side in sides.items()}
+        begin = perf_counter()
+        for work in works.values():
+            work.step()
+        taken = perf_counter() - begin
+        rounds = 1 if asked.quick else int(min(asked.rounds * 8, max(asked.rounds, asked.seconds / max(taken, 1e-9))))
+        medians = interleave({name: lambda work=work: timed(work.step) for name, work in works.items()}, rounds)
+        spent = {name: (s.cpu if asked.threads == 1 else s.wall) for name, s in medians.items()}
+        want, got = works["nchw"].result().astype(float), works["hpctrain"].result()
+        if (error := float(np.abs(got - want).max() / np.abs(want).max())) > ERROR:
+            raise SystemExit(f"{layer.network} {layer.name} {which}: differs from PyTorch by {error:.2g}")
+        peers = {name: s for name, s in spent.items() if name != "hpctrain"}
+        best = min(peers, key=peers.__getitem__)
+        yield {
+            "network": layer.network, "layer": layer.name, "algorithm": which, "shape": str(layer),
+            "threads": asked.threads, "precision": "float32", "seconds": spent["hpctrain"], "peer": f"torch {best}",
+            "peer_seconds": peers[best], "ratio": peers[best] / spent["hpctrain"], "error": error,
+            "peak": layer.operations / spent["hpctrain"] / peak.measure() / asked.threads,
+        }  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(CASES), help="some of %(default)s")
+    parser.add_argument("--layers", default="", help="only those whose name has this in it")
+    parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
+    parser.add_argument("--rounds", type=int, default=7, help="at least this many of each side (default: 7)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each pass of each layer, about (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the batch, one round: to see that it runs")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    asked = parser.parse_args()
+    asked.networks = asked.networks.split(",")
+    if unknown := set(asked.networks) - CASES.keys():
+        parser.error(f"--networks {','.join(unknown)}: choose among {','.join(CASES)}")
+    return asked
+
+
+def main() -> None:
+    """Measure the layers that are asked for, and print."""
+    asked = arguments()
+    set_threads(asked.threads)
+    import torch
+
+    torch.set_num_threads(asked.threads)
+    peak, records = FmaPeak(), []
+    clock = "CPU time" if asked.threads == 1 else "wall time"
+    print(f"milliseconds ({clock}, medians), {asked.threads} threads; torch: the better of its formats")
+    print(f"{'network':<10}{'layer':<24}{'shape':<32}{'pass':<9}{'torch':>9}{'hpctrain':>9}{'ratio':>7}{'peak':>7}")
+    for network in asked.networks:
+        for layer in layers(network, asked.quick):
+            if asked.layers not in layer.name:
+                continue
+            for record in measure(layer, asked, peak):
+                records.append(record)
+                print(
+                    f"{network:<10}{layer.name:<24}{layer!s:<32}{record['algorithm']:<9}"
+                    f"{record['peer_seconds'] * 1e3:>9.3f}{record['seconds'] * 1e3:>9.3f}"
+                    f"{record['ratio']:>7.2f}{record['peak']:>7.2f}",
+                    flush=True,
+                )
+    print(f"FMA peak of a core: {peak.measure() / 1e9:.1f} GFLOP/s")
+    if asked.json:
+        print_json("benchmarks/conv.py", records, fma_peak=peak.measure())
+
+
+if __name__ == "__main__":
+    main()

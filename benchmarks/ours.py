@@ -1,0 +1,141 @@
+"""A training step of hpctrain on the ranks of a communicator, as a benchmark needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import process_time
+from typing import Any
+
+import numpy as np
+from common import Seconds, reset_peak, timed
+from networks import CASES
+
+from hpctrain import backends, memory, optim
+from hpctrain.comm import world
+from hpctrain.config import Optim
+from hpctrain.executor import Executor
+from hpctrain.graph import Graph, Node
+from hpctrain.layers import Input, Phase
+from hpctrain.layers.loss import LOSS, WEIGHT
+from hpctrain.partition import Partition
+from hpctrain.planner.plan import uniform
+
+OPTIM = Optim(lr=0.01, momentum=0.9)
+
+
+class Ours:
+    """`graph` on one grid for all layers, in float32; a batch of random numbers, the same for every grid."""
+
+    def __init__(self, graph: Graph, comm: Any, grid: Partition | None = None) -> None:
+        plan, backend = uniform(graph, grid or Partition()), backends.get("native")
+        self.comm, self.batch = comm, graph["x"].shape[0]
+        self.executor = Executor(graph, plan, comm, backend)
+        flat = self.executor.parameters
+        self.optimizer = optim.TABLE[OPTIM.name](flat.weights, flat.gradients, flat.shards(), backend, OPTIM, comm)
+        for name, values in random_batch(graph).items():
+            self.executor.input(name)[...] = values[self.executor.box(name)]
+        self.loss = 0.0
+
+    def gradients(self) -> None:
+        """Forward and backward, the loss divided by the global batch as the trainer does."""
+        ((name, rows),) = self.executor.forward(Phase(training=True)).items()
+        sums = np.empty((self.comm.size, 2))
+        self.comm.Allgather(rows[:, [LOSS, WEIGHT]].sum(axis=0, dtype=np.float64), sums)
+        loss, weight = sums.sum(axis=0)
+        self.loss = loss / weight
+        gradient = np.zeros_like(rows)
+        gradient[:, LOSS] = 1 / weight
+        self.executor.backward({name: gradient})
+
+    def step(self) -> None:
+        """One step of training."""
+        self.gradients()
+        self.optimizer.step(OPTIM.lr)
+
+
+class Side:
+    """One rank alone, for `common.Worker`."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        comm = world.start().comm
+        self.start = memory.peak()
+        self.graph = CASES[name].build(batch)
+        self.ours = Ours(self.graph, comm)
+        self.seconds: dict[tuple[str, str], list[float]] = {}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters."""
+        return {name: p.array.copy() for name, p in self.ours.executor.parameters.by_name.items()}
+
+    def first_gradients(self) -> dict[str, np.ndarray]:
+        """What the first batch gives: the predictions, the loss as an array of one element, and all gradients."""
+        self.ours.gradients()
+        predictions = self.graph.losses[0].inputs[0]
+        found = {name: p.gradient.copy() for name, p in self.ours.executor.parameters.by_name.items()}
+        return found | {
+            "predictions": self.ours.executor.output(predictions).copy(),
+            "loss": np.array([self.ours.loss]),
+        }
+
+    def reset_memory(self) -> None:
+        """Let `memory` count from here."""
+        reset_peak()
+
+    def memory(self) -> tuple[int, int]:
+        """The most bytes resident since `reset_memory`, and what Python and the libraries had at the start."""
+        return memory.peak(), self.start
+
+    def step(self, times: int = 1) -> Seconds:
+        """Steps, timed."""
+        return timed(self.ours.step, times)
+
+    def time_layers(self) -> None:
+        """From here on note what each layer takes."""
+        for step in self.ours.executor.steps:
+            step.op = Stopwatch(step.op, self.seconds, step.name)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Medians of each layer's CPU seconds and its nominal operations, both ways, since `time_layers`."""
+        found = []
+        for (name, way), taken in self.seconds.items():
+            node = self.graph[name]
+            record = {"layer": name, "way": way, "seconds": float(np.median(taken))}
+            found.append(record | {"flops": nominal_flops(self.graph, node, way)})
+        return found
+
+
+class Stopwatch:
+    """An op that notes how long it runs."""
+
+    def __init__(self, op: Any, seconds: dict[tuple[str, str], list[float]], name: str) -> None:
+        self.op, self.seconds, self.name = op, seconds, name
+
+    def forward(self, *arguments: Any) -> None:
+        self._run("forward", arguments)
+
+    def backward(self, *arguments: Any) -> None:
+        self._run("backward", arguments)
+
+    def _run(self, way: str, arguments: Sequence[Any]) -> None:
+        begin = process_time()
+        getattr(self.op, way)(*arguments)
+        self.seconds.setdefault((self.name, way), []).append(process_time() - begin)
+
+
+def nominal_flops(graph: Graph, node: Node, way: str) -> int | None:
+    """Multiplications and additions of the textbook's formula; None for layers that are no sums of products."""
+    if "weight" not in node.layer.weights(*node.input_shapes):
+        return None
+    once = node.layer.flops(*node.input_shapes)
+    first = isinstance(graph[node.inputs[0]].layer, Input)  # no gradient of the data
+    return once if way == "forward" or first else 2 * once
+
+
+def random_batch(graph: Graph) -> Mapping[str, np.ndarray]:
+    """Global arrays for the inputs "x" and "y"."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(graph["x"].shape, np.float32)
+    shape, predictions = graph["y"].shape, graph.losses[0].input_shapes[0]
+    integer = graph["y"].layer.integer  # type: ignore[attr-defined]
+    y = rng.integers(0, predictions[-1], shape) if integer else rng.standard_normal(shape, np.float32)
+    return {"x": x, "y": y}

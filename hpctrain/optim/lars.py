@@ -1,0 +1,70 @@
+"""Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, algorithm 1): momentum with a rate per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpctrain.backends.base import Backend, Floats
+from hpctrain.config import Optim
+from hpctrain.optim.base import Shard
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class LARS:
+    """The rate of a parameter w with gradient g is lr * trust_coefficient * |w| / (|g| + weight_decay * |w|).
+
+    The norms are those of the global tensors, however they are cut and replicated. What does not decay (biases, scales
+    and offsets of norms) is updated with lr itself, as everybody does: it starts at 0, where this rate would keep it.
+    So is a parameter whose weights or gradients are all 0. The velocity holds the rate, as in the paper: other than
+    with SGD, a rate that falls does not shorten the steps of gradients past.
+    """
+
+    def __init__(
+        self,
+        weights: Floats,
+        gradients: Floats,
+        shards: Sequence[Shard],
+        backend: Backend,
+        config: Optim,
+        comm: MPI.Intracomm | None = None,
+    ) -> None:
+        self.weights, self.gradients, self.shards = weights, gradients, shards
+        self.backend, self.config, self.comm = backend, config, comm
+        self.state = {"velocity": np.zeros_like(weights)}
+        self.updates = 0
+        scaled = sum(shard.decay for shard in shards)
+        self._mine = np.zeros((scaled, 2))
+        self._every = np.zeros((1 if comm is None else comm.size, scaled, 2))
+
+    def step(self, lr: float) -> None:
+        """One update with learning rate `lr`. Collective."""
+        self.updates += 1
+        optim, ratios = self.config, iter(self._trust_ratios())
+        for where, decay, _ in self.shards:
+            self.backend.lars_update(
+                self.weights[where],
+                self.gradients[where],
+                self.state["velocity"][where],
+                lr * next(ratios) if decay else lr,
+                optim.momentum,
+                optim.weight_decay if decay else 0.0,
+            )
+
+    def _trust_ratios(self) -> list[float]:
+        """One per parameter that decays. All ranks get the same bits: they add the same sums in rank order."""
+        scaled = [shard for shard in self.shards if shard.decay]
+        for i, (where, _, counted) in enumerate(scaled):
+            for j, array in enumerate((self.weights, self.gradients)):
+                self._mine[i, j] = self.backend.sum_squares(array[where]) if counted else 0.0
+        if self.comm is None:
+            self._every[0] = self._mine
+        else:
+            self.comm.Allgather(self._mine, self._every)
+        norms = np.sqrt(self._every.sum(axis=0)).tolist()
+        trust, decay = self.config.trust_coefficient, self.config.weight_decay
+        return [trust * w / (g + decay * w) if w > 0 and g > 0 else 1.0 for w, g in norms]

@@ -1,0 +1,19 @@
+// How the functions of hpctrain._native are bound.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace hpctrain {
+
+// Other Python threads run meanwhile. Arguments should say noconvert(): none is copied unseen.
+template <class F, class... Arguments>
+void def(nanobind::module_& m, const char* name, F function, Arguments... arguments) {
+    m.def(name, function, arguments..., nanobind::call_guard<nanobind::gil_scoped_release>());
+}
+
+// An overload tried last: says what was wrong with the arguments, which nanobind's own message does not.
+void refuse_others(nanobind::module_& m, const char* name, const char* takes);
+
+void define_engine(nanobind::module_& m);
+
+}  // namespace hpctrain

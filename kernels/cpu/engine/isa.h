@@ -1,0 +1,40 @@
+// What the files of one instruction set define, each in its namespace.
+#pragma once
+
+#include "engine.h"
+
+namespace hpctrain {
+
+namespace portable {
+extern const Engine ENGINE;
+}
+namespace avx2 {
+extern const Engine ENGINE;
+}
+namespace avx512 {
+extern const Engine ENGINE;
+}
+
+#ifdef HPCTRAIN_ISA
+namespace HPCTRAIN_ISA {
+
+// --- conv.cpp ---
+Index packed_size(const Convolution&);
+void pack(const Convolution&, const float* w, float* packed);
+void conv(const Convolution&, const float* x, const float* packed, const float* bias, bool accumulate, float* y);
+
+// --- conv_dx.cpp ---
+Index packed_dx_size(const Convolution&);
+void pack_dx(const Convolution&, const float* w, float* packed);
+void conv_dx(const Convolution&, const float* dy, const float* packed, float* dx);
+
+// --- conv_dw.cpp ---
+void conv_dw(const Convolution&, const float* x, const float* dy, float* dw);
+
+// --- gemm.cpp ---
+void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c, Index row);
+
+}  // namespace HPCTRAIN_ISA
+#endif
+
+}  // namespace hpctrain

@@ -1,0 +1,61 @@
+// Winograd's convolution: 36 products per channel and filter give 4 x 4 outputs of a kernel 3 x 3, instead of 144, or
+// 2 x 2 outputs of a kernel 5 x 5, instead of 100.
+//
+// For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps.
+// Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h); and
+// an infinity may become NaN, both in all outputs of its tile.
+#pragma once
+
+#include "engine.h"
+
+namespace hpctrain {
+
+// Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger image that are
+// cut anywhere can have their tiles where the whole image has them.
+struct TileAnchor {
+    int h = 0, w = 0;
+};
+
+// The functions of one instruction set. Arrays and their meaning as in Engine; weights are transformed on the way, as
+// that costs less than to read transformed ones from memory.
+struct Winograd {
+    // Whether the functions below can compute it.
+    bool (*fits)(const Convolution&);
+    // Whether they are also faster than a direct convolution.
+    bool (*pays)(const Convolution&);
+
+    void (*conv)(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+                 TileAnchor);
+    void (*conv_dx)(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
+    void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw, TileAnchor);
+};
+
+namespace portable {
+extern const Winograd WINOGRAD;
+}
+namespace avx2 {
+extern const Winograd WINOGRAD;
+}
+namespace avx512 {
+extern const Winograd WINOGRAD;
+}
+
+#ifdef HPCTRAIN_ISA
+namespace HPCTRAIN_ISA {
+
+// --- winograd.cpp ---
+bool winograd_fits(const Convolution&);
+bool winograd_pays(const Convolution&);
+
+// --- winograd_conv.cpp ---
+void winograd_conv(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+                   TileAnchor);
+void winograd_dx(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
+
+// --- winograd_dw.cpp ---
+void winograd_dw(const Convolution&, const float* x, const float* dy, float* dw, TileAnchor);
+
+}  // namespace HPCTRAIN_ISA
+#endif
+
+}  // namespace hpctrain

@@ -1,0 +1,189 @@
+// The engine's part of hpctrain._native: convolution and matrix products of float32 arrays.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "engine/engine.h"
+#include "engine/scratch.h"
+#include "engine/winograd.h"
+
+namespace hpctrain {
+namespace {
+
+using I = const In<float>&;
+using O = const Out<float>&;
+using Bias = std::optional<In<float>>;
+using Numbers = std::vector<Index>;
+
+// The convolution of x (N, *inputs, C) by w (*kernel, C / groups, filters) that gives y (N, *outputs, filters).
+template <class X, class Y, class Z>
+Convolution convolution(const char* name, const X& x, const Y& w, const Z& y, const Numbers& stride,
+                        const Numbers& dilation, Index groups) {
+    const size_t dims = stride.size();
+    if (dims < 1 || dims > 3 || dilation.size() != dims || x.ndim() != dims + 2 || w.ndim() != dims + 2 ||
+        y.ndim() != dims + 2) {
+        refuse(name, "stride and dilation need one number per position dim, of which there are 1 to 3, not " +
+                         std::to_string(dims) + " and " + std::to_string(dilation.size()) + " beside " + shape_of(x) + ", " +
+                         shape_of(w) + ", " + shape_of(y));
+    }
+    require_rows(name, x), require_rows(name, w), require_rows(name, y);
+    const Index channels = Index(x.shape(dims + 1)), filters = Index(y.shape(dims + 1));
+    if (groups < 1 || channels % groups || filters % groups) {
+        refuse(name, std::to_string(channels) + " channels and " + std::to_string(filters) + " filters do not part into " +
+                         std::to_string(groups) + " equal groups");
+    }
+    Convolution c;
+    c.samples = Index(x.shape(0)), c.groups = groups, c.channels = channels / groups, c.filters = filters / groups;
+    c.x[0] = Index(x.stride(0)), c.y[0] = Index(y.stride(0)), c.w[3] = Index(w.stride(dims));
+    bool fits = x.shape(0) == y.shape(0) && Index(w.shape(dims)) == c.channels && Index(w.shape(dims + 1)) == filters;
+    for (size_t d = 0; d < dims; ++d) {
+        if (stride[d] < 1 || dilation[d] < 1) refuse(name, "stride and dilation start at 1");
+        const size_t to = 3 - dims + d;
+        c.input[to] = Index(x.shape(d + 1)), c.output[to] = Index(y.shape(d + 1)), c.kernel[to] = Index(w.shape(d));
+        c.x[to + 1] = Index(x.stride(d + 1)), c.y[to + 1] = Index(y.stride(d + 1)), c.w[to] = Index(w.stride(d));
+        c.stride[to] = stride[d], c.dilation[to] = dilation[d];
+        const Index room = c.input[to] - dilation[d] * (c.kernel[to] - 1) - 1;
+        fits = fits && c.kernel[to] > 0 && c.output[to] == (room < 0 ? 0 : room / stride[d] + 1);
+    }
+    if (!fits) refuse(name, "weights " + shape_of(w) + " over " + shape_of(x) + " do not give " + shape_of(y));
+    return c;
+}
+
+const float* bias_of(const char* name, const Bias& bias, Index columns) {
+    if (!bias) return nullptr;
+    if (bias->ndim() != 1 || Index(bias->shape(0)) != columns || (columns > 1 && bias->stride(0) != 1)) {
+        refuse(name, "bias must be a contiguous vector of " + std::to_string(columns) + " numbers, not an array of shape " +
+                         shape_of(*bias));
+    }
+    return bias->data();
+}
+
+// Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
+const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
+    return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
+}
+
+void conv(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
+          bool accumulate, bool exact) {
+    const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
+    const float* b = bias_of("conv", bias, c.groups * c.filters);
+    const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv(c, x.data(), w.data(), b, accumulate, out.data(), {});
+    Scratch scratch;
+    float* packed = scratch.array<float>(e.packed_size(c));
+    e.pack(c, w.data(), packed);
+    e.conv(c, x.data(), packed, b, accumulate, out.data());
+}
+
+void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+    const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
+    const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
+    Scratch scratch;
+    float* packed = scratch.array<float>(e.packed_dx_size(c));
+    e.pack_dx(c, w.data(), packed);
+    e.conv_dx(c, dy.data(), packed, out.data());
+}
+
+void conv_dw(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+    const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
+    const Engine& e = engine();
+    if (const Winograd* faster = winograd(e, c, exact))
+        return faster->conv_dw(c, x.data(), dy.data(), out.data(), {});
+    e.conv_dw(c, x.data(), dy.data(), out.data());
+}
+
+// Winograd's convolution whether it is faster or not, with its tiles anywhere.
+template <class X, class Y, class Z>
+Convolution winograd_convolution(const char* name, const X& x, const Y& w, const Z& y, Index groups,
+                                 const Numbers& anchor) {
+    const Numbers ones(x.ndim() < 2 ? 0 : x.ndim() - 2, 1);
+    const Convolution c = convolution(name, x, w, y, ones, ones, groups);
+    if (!engine().winograd->fits(c)) {
+        refuse(name, "Winograd's convolution takes kernels 3 x 3 and 5 x 5, with a depth or without, and arrays with outputs, "
+                     "not weights " +
+                         shape_of(w) + " over " + shape_of(x));
+    }
+    const Index most = 6 - c.kernel[1];
+    if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > most || anchor[1] < 0 || anchor[1] > most)
+        refuse(name, "anchor needs two numbers from 0 to " + std::to_string(most) + ", for height and width");
+    return c;
+}
+
+TileAnchor anchor_of(const Numbers& anchor) { return {int(anchor[0]), int(anchor[1])}; }
+
+void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_conv", x, w, out, groups, anchor);
+    const float* b = bias_of("winograd_conv", bias, c.groups * c.filters);
+    engine().winograd->conv(c, x.data(), w.data(), b, accumulate, out.data(), anchor_of(anchor));
+}
+
+void winograd_dx(I dy, I w, O out, Index groups, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_dx", out, w, dy, groups, anchor);
+    engine().winograd->conv_dx(c, dy.data(), w.data(), out.data(), anchor_of(anchor));
+}
+
+void winograd_dw(I x, I dy, O out, Index groups, const Numbers& anchor) {
+    const Convolution c = winograd_convolution("winograd_dw", x, out, dy, groups, anchor);
+    engine().winograd->conv_dw(c, x.data(), dy.data(), out.data(), anchor_of(anchor));
+}
+
+// A matrix of which rows or columns are contiguous.
+Matrix matrix(I a, bool transpose) {
+    if (a.ndim() != 2) refuse("gemm", "matrices are needed, not an array of shape " + shape_of(a));
+    Index row = Index(a.stride(0)), column = Index(a.stride(1));
+    if (a.shape(1) <= 1) column = 1;  // whatever NumPy says
+    if (a.shape(0) <= 1 && column != 1) row = 1;
+    if (a.size() > 0 && row != 1 && column != 1) {
+        refuse("gemm", "rows or columns must be contiguous, but the elements of a matrix of shape " + shape_of(a) + " lie " +
+                           std::to_string(row) + " and " + std::to_string(column) +
+                           " apart; pass numpy.ascontiguousarray(...)");
+    }
+    return transpose ? Matrix{a.data(), column, row} : Matrix{a.data(), row, column};
+}
+
+void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate) {
+    const Matrix left = matrix(a, transpose_a), right = matrix(b, transpose_b);
+    const size_t m = a.shape(transpose_a), k = a.shape(!transpose_a), n = b.shape(!transpose_b);
+    if (out.ndim() != 2 || b.shape(transpose_b) != k || out.shape(0) != m || out.shape(1) != n) {
+        refuse("gemm", shape_of(a) + (transpose_a ? " transposed" : "") + " times " + shape_of(b) +
+                           (transpose_b ? " transposed" : "") + " does not give " + shape_of(out));
+    }
+    require_rows("gemm", out);
+    const float* added = bias_of("gemm", bias, Index(n));
+    engine().gemm(Index(m), Index(n), Index(k), left, right, added, accumulate, out.data(), Index(out.stride(0)));
+}
+
+}  // namespace
+
+void define_engine(nb::module_& m) {
+    const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
+    def(m, "conv", conv, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false);
+    def(m, "conv_dx", conv_dx, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    def(m, "conv_dw", conv_dw, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
+    def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
+        arg("accumulate") = false, anchor());
+    def(m, "winograd_dx", winograd_dx, arg("dy"), arg("w"), arg("out"), arg("groups") = 1, anchor());
+    def(m, "winograd_dw", winograd_dw, arg("x"), arg("dy"), arg("out"), arg("groups") = 1, anchor());
+    def(m, "gemm", gemm, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
+        arg("bias") = nb::none(), arg("accumulate") = false);
+    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm"})
+        refuse_others(m, name, "takes float32 NumPy arrays, the output writeable");
+    m.def("isa", [] { return std::string(engine().isa); }, "The instruction set that the engine uses.");
+    m.def("isas", engines, "The instruction sets that the engine can use here, the best first.");
+    m.def("select_isa", select_engine, nb::arg("isa"), "Use an instruction set from now on; '' is the choice at the start.");
+}
+
+}  // namespace hpctrain

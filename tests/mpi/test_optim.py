@@ -1,0 +1,80 @@
+"""Every optimizer does on any plan what it does on one rank: norms are of global tensors, each shard counted once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from executing import assert_equal, forward_backward, load_weights, serial, train
+from networks import NETWORKS, draw, random_plan, single
+
+from hpctrain.backends.reference import Reference
+from hpctrain.config import Optim
+from hpctrain.executor import Executor
+from hpctrain.optim import LARS
+
+OPTIMS = {
+    # eps bounds what a gradient that is 0 but for rounding can do: Adam divides it by its own size
+    "adam": Optim(name="adam", lr=0.05, eps=1e-3, weight_decay=0.01),
+    "adamw": Optim(name="adam", lr=0.05, eps=1e-3, weight_decay=0.01, decoupled_decay=True),
+    "lars": Optim(name="lars", lr=0.5, momentum=0.9, weight_decay=0.01, trust_coefficient=0.1),
+}
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("name", OPTIMS)
+@pytest.mark.parametrize("network", ["lenet", "cosmoflow"])
+def test_optimizer_on_random_plans_equals_one_rank(comm: Any, network: str, name: str, seed: int) -> None:
+    net = NETWORKS[network]()
+    data, rng = draw(net, seed, steps=3), np.random.default_rng(seed)
+    expected = serial(net, data, OPTIMS[name])
+    for number in range(3):
+        plan = random_plan(rng, net, comm.size)
+        print(f"seed {seed}, plan {number} of 3")
+        assert_equal(train(net, plan, comm, data, OPTIMS[name]), expected, plan)
+
+
+class Counting:
+    """A communicator that counts the collective calls of an optimizer."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.size, self.calls, self.bytes = comm, comm.size, 0, 0
+
+    def Allgather(self, mine: np.ndarray, every: np.ndarray) -> None:  # noqa: N802
+        self.calls, self.bytes = self.calls + 1, self.bytes + mine.nbytes
+        self.comm.Allgather(mine, every)
+
+
+@pytest.mark.parallel([2, 3, 4])
+def test_lars_sends_two_numbers_per_parameter_in_one_message_and_repeats_its_bits(comm: Any, seed: int) -> None:
+    net = NETWORKS["cosmoflow"]()
+    data, plan = draw(net, seed, steps=2), random_plan(np.random.default_rng(seed), net, comm.size)
+    found = []
+    for _ in range(2):
+        executor, counting = Executor(net, plan, comm, Reference(), "float64"), Counting(comm)
+        load_weights(executor, data)
+        flat = executor.parameters
+        lars = LARS(flat.weights, flat.gradients, flat.shards(), executor.backend, OPTIMS["lars"], counting)  # type: ignore[arg-type]
+        for step in range(2):
+            forward_backward(executor, data, step)
+            lars.step(0.1)
+        assert counting.calls == 2
+        assert counting.bytes == 2 * 16 * sum(p.decay for p in flat.by_name.values())
+        found.append(flat.weights.copy())
+        executor.free()
+    np.testing.assert_array_equal(*found, strict=True)
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+def test_every_element_is_counted_by_one_rank(comm: Any, seed: int) -> None:
+    net = NETWORKS["lenet"]()
+    rng = np.random.default_rng(seed)
+    for plan in [single(net), *(random_plan(rng, net, comm.size) for _ in range(4))]:
+        executor = Executor(net, plan, comm, Reference(), "float64")
+        flat = executor.parameters
+        mine = [(shard.where.stop - shard.where.start) * shard.counted for shard in flat.shards()]
+        sizes = [int(np.prod(p.shape)) for p in flat.by_name.values()]
+        assert np.sum(comm.allgather(mine), axis=0).tolist() == sizes
+        assert sum(shard.where.stop - shard.where.start for shard in flat.shards()) == flat.weights.size
+        executor.free()

@@ -1,0 +1,165 @@
+"""Adam and LARS against PyTorch, against their papers' formulas, and their norms of tensors cut over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+from hpctrain.backends.base import Backend
+from hpctrain.config import Optim
+from hpctrain.optim import LARS, TABLE, Shard
+
+SHARDS = [Shard(slice(0, 41), True), Shard(slice(41, 60), True), Shard(slice(60, 67), False)]
+"""Three parameters in flat buffers of 67."""
+RATES = (0.1, 0.1, 0.05, 0.2, 0.1, 0.01, 0.1, 0.1, 0.3, 0.1)
+
+
+def trained(backend: Backend, config: Optim, seed: int, dtype: str = "float64") -> tuple[list[np.ndarray], Any]:
+    """The weights at the start and after each of ten steps, and the optimizer."""
+    rng = np.random.default_rng(seed)
+    weights, gradients = rng.normal(size=67).astype(dtype), np.zeros(67, dtype)
+    optimizer = TABLE[config.name](weights, gradients, SHARDS, backend, config)
+    found = [weights.copy()]
+    for number, lr in enumerate(RATES):
+        gradients[...] = gradient(seed, number)
+        optimizer.step(lr)
+        found.append(weights.copy())
+    return found, optimizer
+
+
+def gradient(seed: int, number: int) -> np.ndarray:
+    """Of a step; sizes differ by orders of magnitude from element to element, and some are 0."""
+    rng = np.random.default_rng([seed, number])
+    return rng.normal(size=67) * 10.0 ** rng.integers(-6, 3, 67) * (rng.random(67) > 0.1)
+
+
+# --- Adam -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.03])
+def test_ten_steps_of_adam_equal_pytorch(backend: Backend, decoupled: bool, decay: float, seed: int) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is what is compared with: pip install '.[oracle]'")
+    config = Optim(
+        name="adam", lr=1.0, beta1=0.8, beta2=0.99, weight_decay=decay, decoupled_decay=decoupled and decay > 0
+    )
+    found, _ = trained(backend, config, seed)
+    parameters = [torch.tensor(found[0][shard.where], requires_grad=True) for shard in SHARDS]
+    groups = [
+        {"params": [p], "weight_decay": decay if s.decay else 0.0} for p, s in zip(parameters, SHARDS, strict=True)
+    ]
+    theirs = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, betas=(0.8, 0.99), eps=1e-8)
+    for number, lr in enumerate(RATES):
+        for group, parameter, shard in zip(theirs.param_groups, parameters, SHARDS, strict=True):
+            group["lr"], parameter.grad = lr, torch.tensor(gradient(seed, number)[shard.where])
+        theirs.step()
+        expected = np.concatenate([p.detach().numpy() for p in parameters])
+        np.testing.assert_allclose(found[number + 1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_first_step_of_adam_is_the_rate_in_the_direction_of_the_sign(backend: Backend) -> None:
+    """Both means are corrected for their start at 0, so that their quotient is g / |g|, whatever the betas."""
+    weights, gradients = np.zeros(5), np.array([3.0, -1e-3, 1e4, -7.0, 0.0])
+    adam = TABLE["adam"](weights, gradients, [Shard(slice(0, 5), True)], backend, Optim(name="adam", lr=1.0, eps=1e-15))
+    adam.step(0.25)
+    np.testing.assert_allclose(weights, -0.25 * np.sign(gradients), rtol=1e-9)
+    assert adam.updates == 1
+
+
+def test_adam_in_float32_follows_float64(backend: Backend, seed: int) -> None:
+    config = Optim(name="adam", lr=1.0, weight_decay=0.03)
+    exact, _ = trained(backend, config, seed)
+    found, adam = trained(backend, config, seed, "float32")
+    assert found[-1].dtype == adam.state["mean"].dtype == adam.state["square"].dtype == np.float32
+    # ten steps, each of about ten roundings of a step of length about 1
+    np.testing.assert_allclose(found[-1], exact[-1], rtol=0, atol=100 * float(np.finfo(np.float32).eps))
+
+
+# --- LARS -------------------------------------------------------------------------------------------------------------
+
+
+def test_ten_steps_of_lars_equal_the_paper(backend: Backend, seed: int) -> None:
+    """Algorithm 1 of You, Gitman & Ginsburg 2017, parameter by parameter; what does not decay has the global rate."""
+    eta, momentum, decay = 0.02, 0.9, 0.01
+    config = Optim(name="lars", lr=1.0, momentum=momentum, weight_decay=decay, trust_coefficient=eta)
+    found, _ = trained(backend, config, seed)
+    for shard in SHARDS:
+        w = found[0][shard.where].tolist()
+        velocity = [0.0] * len(w)
+        for number, lr in enumerate(RATES):
+            g = gradient(seed, number)[shard.where].tolist()
+            beta = decay if shard.decay else 0.0
+            norm_w, norm_g = sum(a * a for a in w) ** 0.5, sum(a * a for a in g) ** 0.5
+            local = eta * norm_w / (norm_g + beta * norm_w) if shard.decay else 1.0
+            velocity = [momentum * v + lr * local * (a + beta * b) for v, a, b in zip(velocity, g, w, strict=True)]
+            w = [b - v for b, v in zip(w, velocity, strict=True)]
+            np.testing.assert_allclose(found[number + 1][shard.where], w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("zero", ["weights", "gradients"])
+def test_lars_does_not_get_stuck_at_zero(backend: Backend, zero: str) -> None:
+    weights, gradients = np.ones(4), np.ones(4)
+    {"weights": weights, "gradients": gradients}[zero].fill(0)
+    before = weights.copy()
+    config = Optim(name="lars", lr=1.0, weight_decay=0.5)
+    LARS(weights, gradients, [Shard(slice(0, 4), True)], backend, config).step(0.25)
+    np.testing.assert_array_equal(weights, before - 0.25 * (gradients + 0.5 * before))
+
+
+class FakeRanks:
+    """An Allgather in which this rank is the last of `others` + 1."""
+
+    def __init__(self, others: list[np.ndarray]) -> None:
+        self.others, self.size, self.calls = others, len(others) + 1, 0
+
+    def Allgather(self, mine: np.ndarray, every: np.ndarray) -> None:
+        every[:-1], every[-1] = self.others, mine
+        self.calls += 1
+
+
+def test_norms_are_of_global_tensors_with_each_shard_counted_once(backend: Backend) -> None:
+    """Of two parameters this rank holds a part of the first and a copy, that another rank counts, of the second."""
+    weights, gradients = np.array([3.0, 0.0, 5.0]), np.array([0.0, 4.0, 12.0])
+    shards = [Shard(slice(0, 2), True, True), Shard(slice(2, 3), True, False)]
+    comm = FakeRanks([np.array([[16.0, 9.0], [25.0, 144.0]])])
+    config = Optim(name="lars", lr=1.0, trust_coefficient=0.5)
+    LARS(weights, gradients, shards, backend, config, comm).step(1.0)  # type: ignore[arg-type]
+    # |w| = 5, |g| = 5: rate 1/2; |w| = 5, |g| = 12: rate 5/24
+    np.testing.assert_allclose(weights, [3.0, -2.0, 5.0 - 2.5], rtol=1e-15)
+    assert comm.calls == 1
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_state_and_count_are_all_that_a_run_must_keep(backend: Backend, name: str, seed: int) -> None:
+    """An optimizer made anew goes on with the same bits, given the weights, the arrays and the number of updates."""
+    config = Optim(name=name, lr=1.0, weight_decay=0.01)  # type: ignore[arg-type]
+    whole, _ = trained(backend, config, seed)
+    weights, gradients = whole[0].copy(), np.zeros(67)
+    old = TABLE[name](weights, gradients, SHARDS, backend, config)
+    for number, lr in enumerate(RATES):
+        new = TABLE[name](weights, gradients, SHARDS, backend, config)
+        assert new.state.keys() == old.state.keys()
+        for key, array in new.state.items():
+            array[...] = old.state[key]
+        new.updates = old.updates
+        gradients[...] = gradient(seed, number)
+        new.step(lr)
+        np.testing.assert_array_equal(weights, whole[number + 1])
+        old = new
+    assert old.updates == len(RATES)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_no_weights_is_no_trouble(backend: Backend, name: str) -> None:
+    config = Optim(name=name, lr=0.5)  # type: ignore[arg-type]
+    TABLE[name](np.zeros(0), np.zeros(0), [], backend, config).step(0.5)
+    TABLE[name](np.zeros(0), np.zeros(0), [Shard(slice(0, 0), True)], backend, config).step(0.5)
+
+
+def test_table_has_what_the_config_takes() -> None:
+    assert tuple(TABLE) == get_args(get_type_hints(Optim)["name"])

@@ -1,0 +1,253 @@
+"""Winograd's convolution on every instruction set, against `reference` in float64; its tiles, threads and refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpctrain.backends.native import Native
+from hpctrain.backends.reference import Reference
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("HPCTRAIN_NATIVE") == "0", reason="HPCTRAIN_NATIVE=0: installed without compiled kernels"
+)
+
+EPS = float(np.finfo(np.float32).eps)
+AMPLIFICATION = {3: 7.2, 5: 9.7}
+"""By edge of the kernel: how much more than a direct convolution Winograd's rounds, see winograd_transform.h."""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    """The compiled module."""
+    import hpctrain._native
+
+    return hpctrain._native
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def engine(request: pytest.FixtureRequest, kernels: Any) -> Iterator[Any]:
+    """The compiled module, using one instruction set."""
+    if request.param not in kernels.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    kernels.select_isa(request.param)
+    yield kernels
+    kernels.select_isa("")
+
+
+def arrays(
+    rng: np.random.Generator,
+    outputs: tuple[int, ...],
+    channels: int,
+    filters: int,
+    samples: int = 1,
+    groups: int = 1,
+    edge: int = 3,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, w and dy in float32: x and dy are inside of larger arrays, w is a slice of channels and filters."""
+    kernel = (3,) * (len(outputs) - 2) + (edge, edge)
+
+    def inside(*shape: int) -> np.ndarray:
+        whole = rng.standard_normal([n + 2 for n in shape[:-1]] + [shape[-1]]).astype(np.float32)
+        return whole[tuple(slice(1, 1 + n) for n in shape[:-1])]
+
+    x = inside(samples, *(n + k - 1 for n, k in zip(outputs, kernel, strict=True)), channels * groups)
+    dy = inside(samples, *outputs, filters * groups)
+    w = rng.standard_normal((*kernel, channels + 3, filters * groups + 1)).astype(np.float32)
+    return x, w[..., 2:-1, 1:], dy
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """max|got - want| / max|want|."""
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)) if want.size else 0.0
+
+
+def bound(terms: int, edge: int = 3) -> float:
+    """Of `error`, where a result is a sum of so many terms: runs of at most 256 are summed up, then the runs."""
+    run = min(terms, 256)
+    return AMPLIFICATION[edge] * EPS * (8 + run**0.5 + (terms / run) ** 0.5)
+
+
+def results(
+    kernels: Any, x: Any, w: Any, dy: Any, groups: int = 1, anchor: tuple[int, int] = (0, 0)
+) -> list[np.ndarray]:
+    """y, dx and dw; what stood there before does not matter."""
+    y, dx, dw = (np.full(a.shape, np.nan, np.float32) for a in (dy, x, w))
+    kernels.winograd_conv(x, w, y, groups, anchor=anchor)
+    kernels.winograd_dx(dy, w, dx, groups, anchor=anchor)
+    kernels.winograd_dw(x, dy, dw, groups, anchor=anchor)
+    return [y, dx, dw]
+
+
+def references(x: Any, w: Any, dy: Any, groups: int = 1) -> list[np.ndarray]:
+    """y, dx and dw in float64."""
+    x, w, dy = (a.astype(float) for a in (x, w, dy))
+    y, dx, dw = np.empty_like(dy), np.empty_like(x), np.empty_like(w)
+    ones, reference = (1,) * (x.ndim - 2), Reference()
+    reference.conv(x, w, y, ones, ones, groups)
+    reference.conv_dx(dy, w, dx, ones, ones, groups)
+    reference.conv_dw(x, dy, dw, ones, ones, groups)
+    return [y, dx, dw]
+
+
+def check(kernels: Any, x: Any, w: Any, dy: Any, groups: int = 1, anchor: tuple[int, int] = (0, 0)) -> None:
+    """All three passes against float64."""
+    taps, (channels, filters) = np.prod(w.shape[:-2]), (w.shape[-2], w.shape[-1] // groups)
+    terms = (taps * channels, taps * filters, int(np.prod(dy.shape[:-1])))
+    found, wanted = results(kernels, x, w, dy, groups, anchor), references(x, w, dy, groups)
+    for name, got, want, count in zip(("y", "dx", "dw"), found, wanted, terms, strict=True):
+        wrong = error(got, want)
+        assert wrong <= min(bound(max(1, count), w.shape[-3]), 1e-5), f"{name}: {wrong:.2g} with {count} terms"
+
+
+def test_random_geometries(engine: Any) -> None:
+    seed, cases = 11, 90
+    rng = np.random.default_rng(seed)
+    print(f"seed {seed}, {cases} cases")
+    for _ in range(cases):
+        dims = int(rng.integers(2, 4))
+        outputs = tuple(int(n) for n in rng.integers(1, 15 if dims == 2 else 8, dims))
+        channels, filters = (int(n) for n in rng.choice([1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 48, 70, 130], 2))
+        samples, groups = int(rng.integers(1, 4)), int(rng.choice([1, 1, 1, 2, 3]))
+        edge = int(rng.choice([3, 3, 5]))
+        height, width = (int(a) for a in rng.integers(0, 7 - edge, 2))
+        check(engine, *arrays(rng, outputs, channels, filters, samples, groups, edge), groups, (height, width))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "filters", "samples", "edge"),
+    [
+        *((32, 64, 64, 2, 3), (16, 128, 128, 2, 3), (8, 256, 256, 4, 3), (4, 512, 512, 8, 3), (13, 192, 384, 2, 3)),
+        *((4, 512, 300, 70, 3), (27, 64, 192, 2, 5)),
+    ],
+)
+def test_layers_of_networks_are_accurate(
+    engine: Any, size: int, channels: int, filters: int, samples: int, edge: int
+) -> None:
+    check(engine, *arrays(np.random.default_rng(3), (size, size), channels, filters, samples, 1, edge))
+
+
+def test_more_planes_than_a_block_has(engine: Any) -> None:
+    check(engine, *arrays(np.random.default_rng(4), (37, 6, 5), 5, 18, 1, 1))
+
+
+@pytest.mark.parametrize("anchor", [(0, 0), (3, 1)])
+def test_empty_dims(engine: Any, anchor: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    for channels, filters in ((0, 3), (3, 0), (0, 0)):
+        check(engine, *arrays(rng, (5, 6), channels, filters, 2, 1), anchor=anchor)
+
+
+def test_bias_and_what_stands_there_are_added(engine: Any) -> None:
+    rng = np.random.default_rng(6)
+    for filters in (5, 16, 21):
+        x, w, dy = arrays(rng, (6, 9), 7, filters, 2, 1)
+        bias, before = rng.standard_normal((2, filters)).astype(np.float32), dy.copy()
+        out = dy.copy()
+        engine.winograd_conv(x, w, out, bias=bias[0], accumulate=True)
+        want = references(x, w, dy)[0] + bias[0] + before
+        assert error(out, want) < bound(9 * 7)
+
+
+def test_writes_nothing_else(engine: Any) -> None:
+    """Between the rows and channels of strided outputs, and beside them, everything stays as it was."""
+    rng = np.random.default_rng(7)
+    x, w, dy = arrays(rng, (6, 7), 5, 3, 2, 1)
+    for name, given, like in (("conv", (x, w), dy), ("dx", (dy, w), x), ("dw", (x, dy), w)):
+        whole = np.full([n + 2 for n in like.shape], 7, np.float32)
+        inner = tuple(slice(1, n + 1) for n in like.shape)
+        getattr(engine, f"winograd_{name}")(*given, whole[inner])
+        untouched = np.ones(whole.shape, bool)
+        untouched[inner] = False
+        assert (whole[untouched] == 7).all()
+        assert not (whole[inner] == 7).any()
+
+
+def test_a_cut_image_has_the_rounding_of_the_whole_one(engine: Any) -> None:
+    """With tiles where the whole image has them, outputs of tiles that are not cut are the same bits."""
+    x, w, dy = arrays(np.random.default_rng(8), (19, 21), 9, 20, 1, 1)
+    whole, below = np.empty_like(dy), np.empty_like(dy[:, 6:])
+    engine.winograd_conv(x, w, whole)
+    engine.winograd_conv(x[:, 6:], w, below, anchor=(6 % 4, 0))
+    assert np.array_equal(below[:, 2:], whole[:, 8:])
+    assert error(below, whole[:, 6:]) < 1e-6
+
+
+def test_nan_reaches_the_outputs_that_see_it(engine: Any) -> None:
+    x, w, dy = arrays(np.random.default_rng(9), (9, 9), 4, 4, 2, 1)
+    x[1, 4, 4, 0] = np.nan
+    out = np.zeros_like(dy)
+    engine.winograd_conv(x, w, out)
+    assert np.isnan(out[1, 2:5, 2:5]).all()
+    assert np.isfinite(out[0]).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_share_the_tiles(kernels: Any, threads: int, tmp_path: Path) -> None:
+    """Shares that begin inside of an image, shares of planes, more threads than tiles; and the same bits twice."""
+    script, saved = tmp_path / "threads.py", tmp_path / "found.npz"
+    script.write_text(
+        "import sys, numpy as np, hpctrain._native as kernels\n"
+        "given, saved = np.load(sys.argv[1]), {}\n"
+        "for name in {key[1:] for key in given}:\n"
+        "    x, w, dy = (given[kind + name] for kind in 'xwd')\n"
+        "    for time in '01':\n"
+        "        y, dx, dw = np.empty_like(dy), np.empty_like(x), np.empty_like(w)\n"
+        "        kernels.winograd_conv(x, w, y), kernels.winograd_dx(dy, w, dx), kernels.winograd_dw(x, dy, dw)\n"
+        "        saved |= {kind + name + time: a for kind, a in zip(('y', 'dx', 'dw'), (y, dx, dw))}\n"
+        "np.savez(sys.argv[2], **saved)\n"
+    )
+    rng = np.random.default_rng(12)
+    shapes = {
+        "rows": ((50, 9), 5, 20, 1),
+        "planes": ((60, 5, 6), 3, 4, 1),
+        "weights": ((4, 4), 256, 300, 9),
+        "few": ((4, 3), 2, 3, 1),
+        "units": ((31, 30), 256, 192, 2),
+        "seams": ((13, 9), 5, 20, 1, 1, 5),
+    }
+    cases = {name: arrays(rng, *shape) for name, shape in shapes.items()}
+    given = {kind + name: a for name, case in cases.items() for kind, a in zip("xwd", case, strict=True)}
+    np.savez(tmp_path / "given.npz", **given)
+    subprocess.run(
+        [sys.executable, "-P", str(script), str(tmp_path / "given.npz"), str(saved)],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
+    found = np.load(saved)
+    for name, case in cases.items():
+        for kind, want in zip(("y", "dx", "dw"), references(*case), strict=True):
+            assert np.array_equal(found[f"{kind}{name}0"], found[f"{kind}{name}1"]), (name, kind)
+            assert error(found[f"{kind}{name}0"], want) < 1e-5, (name, kind)
+
+
+def test_what_does_not_fit_is_refused(kernels: Any) -> None:
+    x, y = np.ones((1, 8, 8, 4), np.float32), np.ones((1, 4, 4, 4), np.float32)
+    with pytest.raises(ValueError, match=r"winograd_conv: .* takes kernels 3 x 3 and 5 x 5"):
+        kernels.winograd_conv(x, np.ones((7, 7, 4, 4), np.float32), y[:, :2, :2])
+    y = np.ones((1, 6, 6, 4), np.float32)
+    with pytest.raises(ValueError, match="anchor needs two numbers from 0 to 3"):
+        kernels.winograd_conv(x, np.ones((3, 3, 4, 4), np.float32), y, anchor=(4, 0))
+
+
+def test_native_uses_it_unless_exact() -> None:
+    """64 channels pay everywhere, one channel nowhere: there exact and not exact are the same bits."""
+    for channels, same in ((64, False), (1, True)):
+        x, w, dy = arrays(np.random.default_rng(10), (16, 16), channels, channels, 1, 1)
+        found = []
+        for backend in (Native(), Native(exact=True)):
+            y, dx, dw = np.empty_like(dy), np.empty_like(x), np.empty_like(w)
+            backend.conv(x, w, y, (1, 1), (1, 1))
+            backend.conv_dx(dy, w, dx, (1, 1), (1, 1))
+            backend.conv_dw(x, dy, dw, (1, 1), (1, 1))
+            found.append((y, dx, dw))
+        for one, other, want in zip(*found, references(x, w, dy), strict=True):
+            assert np.array_equal(one, other) == same
+            assert max(error(one, want), error(other, want)) < 1e-5
