@@ -41,7 +41,7 @@ class Counting:
     def __init__(self, comm: Any) -> None:
         self.comm, self.size, self.calls, self.bytes = comm, comm.size, 0, 0
 
-    def Allgather(self, mine: np.ndarray, every: np.ndarray) -> None:  # noqa: N802
+    def Allgather(self, mine: np.ndarray, every: np.ndarray) -> None:
         self.calls, self.bytes = self.calls + 1, self.bytes + mine.nbytes
         self.comm.Allgather(mine, every)
 

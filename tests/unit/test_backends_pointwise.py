@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import Arrays, assert_close, cases
+from cases import assert_close, cases
 from scipy.special import expit, log_expit, ndtr
 
 from hpctrain import backends
