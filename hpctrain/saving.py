@@ -93,7 +93,7 @@ class Saver:
         self.saved = None if elsewhere else found.step
         self._say_resumed(found)
         state = found.state
-        self.optimizer.updates = state["updates"]
+        self.optimizer.updates = state.get("updates", found.step)  # earlier checkpoints are of optimizers without
         return Progress(state["epoch"], state["position"], state["step"], Totals(**state["totals"]))
 
     def _require_same_run(self, found: checkpoint.Checkpoint, resume: Path) -> None:
