@@ -61,6 +61,7 @@ class Trainer:
             if config.data.verify:
                 self._verify_data()
         self.usage = usage.Usage(world, need)
+        backend.use_threads(world.threads)
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed)
@@ -291,7 +292,8 @@ class Trainer:
     def _describe(self, backend: str) -> None:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
-        self.console.note(wrapped(f"{self.world.size} ranks, {what}, {self.plan.allreduce} allreduce; {backend}"))
+        ranks = f"{self.world.size} ranks of {self.world.threads} thread{'s' * (self.world.threads != 1)}"
+        self.console.note(wrapped(f"{ranks}, {what}, {self.plan.allreduce} allreduce; {backend}"))
         self.console.note(self.usage.heading())
         if short := self.usage.warning():
             self.console.warn(short)

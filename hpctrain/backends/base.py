@@ -33,6 +33,9 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line for the run's log: what computes what."""
 
+    def use_threads(self, count: int) -> None:
+        """Run on so many threads from now on, where the backend has threads of its own."""
+
     def empty(self, shape: Sizes, dtype: np.dtype) -> Array:
         """An uninitialised array where this backend computes."""
 

@@ -47,7 +47,7 @@ class Native(Reference):
 
     def describe(self) -> str:
         inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
-        others = [name for name in inherited if name not in (*COMPILED, "describe", "empty")]
+        others = [name for name in inherited if name not in (*COMPILED, "describe", "empty", "use_threads")]
         # a gradient is computed by what computes its operation
         families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
@@ -55,6 +55,9 @@ class Native(Reference):
             f"NumPy {np.__version__} for {', '.join(families)}, convolution and matrix products in float64, and "
             "normalization other than per channel"
         )
+
+    def use_threads(self, count: int) -> None:
+        self._kernels.use_threads(count)
 
     def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         if out.dtype == np.float32:

@@ -19,6 +19,9 @@ class Reference:
     def describe(self) -> str:
         return f"reference: NumPy {np.__version__} for everything"
 
+    def use_threads(self, count: int) -> None:
+        """NumPy's matrix products have threads that only the environment can set."""
+
     def empty(self, shape: Sizes, dtype: np.dtype) -> Array:
         return np.empty(shape, dtype)
 

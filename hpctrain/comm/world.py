@@ -23,6 +23,7 @@ from functools import cache
 from types import TracebackType
 from typing import NoReturn, cast
 
+from hpctrain.comm import affinity
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, describe, launched, refuse, status_of
 from hpctrain.comm.launchers import STOPPED as STOPPED
 from hpctrain.comm.signals import STOP, StopSignal
@@ -48,6 +49,8 @@ class World:
     node: MPI.Intracomm
     """The ranks on this host, which can share memory."""
     node_size: int
+    threads: int
+    """Threads that this rank may run: its share of the cores that it is bound to, or OMP_NUM_THREADS."""
     hostname: str
     library: str
     """Name and version of the MPI library."""
@@ -85,6 +88,7 @@ def start() -> World:
         size=comm.size,
         node=node,
         node_size=node.size,
+        threads=affinity.threads(node),
         hostname=socket.gethostname(),
         library=version,
         launcher=by.name if by else None,

@@ -57,6 +57,7 @@ def run(world: World, config: Config, options: Options) -> int:
         plan.check(graph)
         train = config.train
         settings = Settings(backends.get(train.backend), train.precision, train.seed, config.optim)
+        settings.backend.use_threads(world.threads)
         chosen = list(samples(graph, plan, options.budget, train.precision)) if options.sample_layers else []
     console.note(table.heading(config, graph, plan, world.size, options.steps, chosen))
     for line in plan.notes:

@@ -181,6 +181,13 @@ void define_engine(nb::module_& m) {
         arg("bias") = nb::none(), arg("accumulate") = false);
     for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm"})
         refuse_others(m, name, "takes float32 NumPy arrays, the output writeable");
+    m.def(
+        "use_threads",
+        [](int count) {
+            if (count < 1) refuse("use_threads", std::to_string(count) + " threads; give 1 or more");
+            engine().use_threads(count);
+        },
+        nb::arg("count"), "Run the engine on so many threads from now on, in the calling thread.");
     m.def("isa", [] { return std::string(engine().isa); }, "The instruction set that the engine uses.");
     m.def("isas", engines, "The instruction sets that the engine can use here, the best first.");
     m.def("select_isa", select_engine, nb::arg("isa"), "Use an instruction set from now on; '' is the choice at the start.");

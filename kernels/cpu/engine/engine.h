@@ -53,6 +53,8 @@ struct Engine {
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
     // c (m, n), rows `row` apart, = a (m, k) b (k, n) [+ bias (n)] [+ c]
     void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c, Index row);
+    // OpenMP's number of threads, for what the calling thread starts.
+    void (*use_threads)(int count);
 };
 
 // The engine in use: the best that this machine runs, or the one that the environment variable HPCTRAIN_ISA names.

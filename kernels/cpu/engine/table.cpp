@@ -1,5 +1,6 @@
 // The functions of one instruction set.
 #include "isa.h"
+#include "threads.h"
 #include "winograd.h"
 
 #define HPCTRAIN_TEXT(name) #name
@@ -8,7 +9,7 @@
 namespace hpctrain::HPCTRAIN_ISA {
 
 const Engine ENGINE = {
-    HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm,
+    HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm, use_threads,
 };
 
 }  // namespace hpctrain::HPCTRAIN_ISA

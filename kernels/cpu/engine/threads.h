@@ -15,6 +15,13 @@ inline int thread_count() {
 #endif
 }
 
+// Of loops that the calling thread starts from now on.
+inline void use_threads([[maybe_unused]] int count) {
+#ifdef _OPENMP
+    omp_set_num_threads(count);
+#endif
+}
+
 // Calls work(thread, threads) in each thread. Nothing may be thrown in there.
 template <class Work>
 inline void in_threads(Work work) {
