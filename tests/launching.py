@@ -111,12 +111,14 @@ def size_of_environment() -> int:
 
 def main(folder: str, *arguments: str) -> int:
     """One rank of a suite: pytest with `arguments`, stdout and stderr going to folder/rank-N.txt."""
-    log = os.open(Path(folder, f"rank-{rank_of_environment()}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    rank = rank_of_environment()
+    log = os.open(Path(folder, f"rank-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     import pytest
 
-    return pytest.main(list(arguments))
+    # pytest's own folder for temporary files is swept by every pytest of this user: ranks would sweep each other's
+    return pytest.main([f"--basetemp={Path(folder, f'tmp-{rank}')}", *arguments])
 
 
 if __name__ == "__main__":
