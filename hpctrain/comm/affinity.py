@@ -18,12 +18,12 @@ def cores() -> frozenset[int]:
 
 
 def fair_threads(masks: Sequence[frozenset[int]], rank: int) -> int:
-    """Threads for `rank` of a node whose ranks may run on `masks`: each core counts one over the ranks that share it."""
+    """Threads for `rank` of a node whose ranks may run on `masks`: a core counts one over the ranks that share it."""
     return max(1, int(sum(1 / sum(core in mask for mask in masks) for core in masks[rank]) + 1e-9))
 
 
 def threads(node: MPI.Intracomm) -> int:
-    """Threads for this rank: OMP_NUM_THREADS where it is set, else its fair share of its cores. Collective over `node`."""
+    """Threads for this rank: OMP_NUM_THREADS where it is set, else its share of its cores. Collective over `node`."""
     masks = node.allgather(cores())
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(asked) if asked.isdigit() and int(asked) > 0 else fair_threads(masks, node.rank)
