@@ -14,11 +14,11 @@ bool winograd_fits(const Convolution& c) {
 }
 
 // Counts vector operations: those of the transforms (a tile takes about 250 for each vector of channels, on either side,
-// a kernel about 150 for each vector of weights) do not depend on how many filters or tiles share them, so few channels,
+// a kernel about 400 for each vector of weights) do not depend on how many filters or tiles share them, so few channels,
 // filters or tiles do not pay, nor do tiles that are mostly outside of the outputs.
 bool winograd_pays(const Convolution& c) {
     using namespace winograd;
-    constexpr double TILE = 250, KERNEL = 150, WORTH = 0.7;
+    constexpr double TILE = 250, KERNEL = 400, WORTH = 0.8;
     const Tiles tiles(c, {});
     const double products = double(c.kernel[0]) * double(c.channels) * double(c.filters) / W;
     const double transforms = TILE * double(ceil_div(c.channels, W) + ceil_div(c.filters, W));
