@@ -24,15 +24,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_describe_says_what_computes_what() -> None:
-    operations = {name for name in vars(Backend) if not name.startswith("_")} - {"describe", "empty", "name", "dtypes"}
+    others = {"describe", "empty", "use_threads", "name", "dtypes"}
+    operations = {name for name in vars(Backend) if not name.startswith("_")} - others
     ours = {name for name in operations if getattr(Native, name) is not getattr(Reference, name)}
     assert ours == set(COMPILED)
-    compiled, others = Native().describe().split("; NumPy ")
+    compiled, inherited = Native().describe().split("; NumPy ")
     isa = native._import_kernels().isa()
     assert compiled == f"native: compiled kernels for {len(COMPILED)} operations, convolution with {isa}"
     gradients = ("_dx", "_dw")
     expected = sorted(name for name in operations - ours if not name.endswith(gradients))
-    families, rest = others.split(" for ")[1].split(", convolution and ")
+    families, rest = inherited.split(" for ")[1].split(", convolution and ")
     assert sorted(families.split(", ")) == expected
     assert rest == "matrix products in float64, and normalization other than per channel"
 
