@@ -108,9 +108,8 @@ Convolution winograd_convolution(const char* name, const X& x, const Y& w, const
     const Numbers ones(x.ndim() < 2 ? 0 : x.ndim() - 2, 1);
     const Convolution c = convolution(name, x, w, y, ones, ones, groups);
     if (!engine().winograd->fits(c)) {
-        refuse(name, "Winograd's convolution takes kernels 3 x 3 and 5 x 5, with a depth or without, and arrays with outputs, "
-                     "not weights " +
-                         shape_of(w) + " over " + shape_of(x));
+        refuse(name, "Winograd's convolution takes kernels 3 x 3 and 5 x 5, with a depth or without, and arrays that have "
+                     "outputs, not weights " + shape_of(w) + " over " + shape_of(x));
     }
     const Index most = 6 - c.kernel[1];
     if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > most || anchor[1] < 0 || anchor[1] > most)
