@@ -1,6 +1,6 @@
 """How long convolutions and matrix products take: the engine and PyTorch, layer by layer of the benchmark networks.
 
-python benchmarks/conv.py [--networks resnet18,lenet] [--layers conv1] [--threads 2] [--quick] [--json]
+python benchmarks/conv.py [--networks resnet18,lenet] [--layers conv1] [--threads 2] [--exact] [--quick] [--json]
 
 `peak` is the fraction of the multiply-adds that the core could do in that time, measured in the same run. Winograd's
 convolution needs fewer of them, so that it may be above 1.
@@ -12,17 +12,18 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 from common import FmaPeak, interleave, print_json, set_threads, timed
 from networks import CASES
 
-from hpctrain import backends
+from hpctrain.backends.native import Native
 from hpctrain.layers import Conv, Dense
 
 PASSES = ("forward", "dx", "dw")
+MEASURABLE = 0.002
+"""Seconds that a step is repeated for at least, as clocks cost some microseconds."""
 ERROR = 1e-4
 """Largest |ours - theirs| / |theirs| of a result."""
 
@@ -96,9 +97,9 @@ def arrays(layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, w, dy
 
 
-def ours(layer: Layer) -> dict[str, Work]:
+def ours(layer: Layer, exact: bool) -> dict[str, Work]:
     """The engine's passes; x and dx have their padding around them, as the executor hands them over."""
-    native = backends.get("native")
+    native = Native(exact)
     x, w, dy = arrays(layer)
     y, dw = np.empty_like(dy), np.empty_like(w)
     padded = np.pad(x, [(0, 0), *((p, p) for p in layer.padding), (0, 0)])
@@ -161,17 +162,18 @@ def torchs(layer: Layer, channels_last: bool) -> dict[str, Work]:
 
 def measure(layer: Layer, asked: argparse.Namespace, peak: FmaPeak) -> Iterator[dict[str, Any]]:
     """A record per pass. Raises SystemExit where the sides differ by more than rounding."""
-    sides = {"hpctrain": ours(layer), "nchw": torchs(layer, False), "channels_last": torchs(layer, True)}
+    sides = {"hpctrain": ours(layer, asked.exact), "nchw": torchs(layer, False), "channels_last": torchs(layer, True)}
     if not layer.kernel:
         del sides["channels_last"]
     for which in PASSES:
         works = {name: side[which] for name, side in sides.items()}
-        begin = perf_counter()
         for work in works.values():
-            work.step()
-        taken = perf_counter() - begin
-        rounds = 1 if asked.quick else int(min(asked.rounds * 8, max(asked.rounds, asked.seconds / max(taken, 1e-9))))
-        medians = interleave({name: lambda work=work: timed(work.step) for name, work in works.items()}, rounds)
+            work.step()  # allocates
+        slowest = max(timed(work.step, 1).wall for work in works.values())
+        times = max(1, int(MEASURABLE / slowest))
+        rounds = 1 if asked.quick else max(asked.rounds, int(asked.seconds / (slowest * times * len(works))))
+        steps = {name: lambda work=work, times=times: timed(work.step, times) for name, work in works.items()}
+        medians = interleave(steps, rounds)
         spent = {name: (s.cpu if asked.threads == 1 else s.wall) for name, s in medians.items()}
         want, got = works["nchw"].result().astype(float), works["hpctrain"].result()
         if (error := float(np.abs(got - want).max() / np.abs(want).max())) > ERROR:
@@ -194,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, help="at least this many of each side (default: 7)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each pass of each layer, about (default: 2)")
+    parser.add_argument("--exact", action="store_true", help="without Winograd's convolution")
     parser.add_argument("--quick", action="store_true", help="an eighth of the batch, one round: to see that it runs")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     asked = parser.parse_args()

@@ -1,15 +1,16 @@
-// Tests of the engine without Python, for ctest and the sanitizers: every instruction set against plain loops. Arrays end
-// with their last element, so that AddressSanitizer sees a read or write of one more.
+// Tests of the engine without Python, for ctest and the sanitizers: every instruction set against plain loops. Arrays
+// end with their last element, so that AddressSanitizer sees a read or write of one more.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <vector>
 
 #include "engine/engine.h"
-#include "engine/scratch.h"
 
 namespace {
 
@@ -34,6 +35,19 @@ struct Floats {
     }
     float* at(Index i) { return data.get() + i; }
 };
+
+// Calls visit(i) for all indices below an extent, the last one running fastest.
+template <size_t N, class Visit>
+void for_all(const std::array<Index, N>& extent, Visit visit) {
+    std::array<Index, N> i{};
+    for (Index n : extent) {
+        if (n <= 0) return;
+    }
+    for (size_t d = N; d > 0;) {
+        visit(i);
+        for (d = N; d > 0 && ++i[d - 1] == extent[d - 1]; --d) i[d - 1] = 0;
+    }
+}
 
 struct Case {
     Index samples, groups, channels, filters;
@@ -71,25 +85,29 @@ Convolution convolution(const Case& t) {
     return c;
 }
 
+// Calls visit(offset, group * channels + channel) for all elements of x, or of y.
+template <class Visit>
+void for_elements(const Strides& s, Index samples, const Sizes& extent, Index row, Visit visit) {
+    for_all<5>({samples, extent[0], extent[1], extent[2], row}, [&](const std::array<Index, 5>& i) {
+        visit(i[0] * s[0] + i[1] * s[1] + i[2] * s[2] + i[3] * s[3] + i[4], i[4]);
+    });
+}
+
 // Calls visit(x, w, y) with the offsets of the factors and the result of every product.
 template <class Visit>
-void each(const Convolution& c, Visit visit) {
-    for (Index n = 0; n < c.samples; ++n)
-    for (Index g = 0; g < c.groups; ++g)
-    for (Index i = 0; i < c.output[0]; ++i)
-    for (Index j = 0; j < c.output[1]; ++j)
-    for (Index k = 0; k < c.output[2]; ++k)
-    for (Index p = 0; p < c.kernel[0]; ++p)
-    for (Index q = 0; q < c.kernel[1]; ++q)
-    for (Index r = 0; r < c.kernel[2]; ++r)
-    for (Index channel = 0; channel < c.channels; ++channel)
-    for (Index filter = 0; filter < c.filters; ++filter) {
-        const Index x = n * c.x[0] + (i * c.stride[0] + p * c.dilation[0]) * c.x[1] +
-                        (j * c.stride[1] + q * c.dilation[1]) * c.x[2] + (k * c.stride[2] + r * c.dilation[2]) * c.x[3] +
-                        g * c.channels + channel;
-        const Index w = p * c.w[0] + q * c.w[1] + r * c.w[2] + channel * c.w[3] + g * c.filters + filter;
-        visit(x, w, n * c.y[0] + i * c.y[1] + j * c.y[2] + k * c.y[3] + g * c.filters + filter);
-    }
+void for_products(const Convolution& c, Visit visit) {
+    for_all<5>({c.samples, c.groups, c.output[0], c.output[1], c.output[2]}, [&](const std::array<Index, 5>& o) {
+        for_all<5>({c.kernel[0], c.kernel[1], c.kernel[2], c.channels, c.filters}, [&](const std::array<Index, 5>& t) {
+            Index x = o[0] * c.x[0] + o[1] * c.channels + t[3], y = o[0] * c.y[0] + o[1] * c.filters + t[4];
+            Index w = t[3] * c.w[3] + o[1] * c.filters + t[4];
+            for (size_t d = 0; d < 3; ++d) {
+                x += (o[d + 2] * c.stride[d] + t[d] * c.dilation[d]) * c.x[d + 1];
+                y += o[d + 2] * c.y[d + 1];
+                w += t[d] * c.w[d];
+            }
+            visit(x, w, y);
+        });
+    });
 }
 
 // Sums of products and of their sizes; what no position has stays as it was.
@@ -109,14 +127,6 @@ struct Sums {
     }
 };
 
-void mark(Sums& sums, const Strides& s, Index samples, const Sizes& extent, Index row) {
-    for (Index n = 0; n < samples; ++n)
-    for (Index i = 0; i < extent[0]; ++i)
-    for (Index j = 0; j < extent[1]; ++j)
-    for (Index k = 0; k < extent[2]; ++k)
-    for (Index c = 0; c < row; ++c) sums.inside[size_t(n * s[0] + i * s[1] + j * s[2] + k * s[3] + c)] = true;
-}
-
 void test(const Case& t, std::mt19937& random) {
     const Convolution c = convolution(t);
     const Index channels = c.groups * c.channels, filters = c.groups * c.filters;
@@ -126,31 +136,24 @@ void test(const Case& t, std::mt19937& random) {
     Floats x(in_x, random), w(in_w, random), y(in_y, random), dx(in_x, random), dw(in_w, random), dy(in_y, random);
     Floats bias(filters, random), before_y(in_y, random), before_x(in_x, random), before_w(in_w, random);
     Sums of_y(in_y), of_x(in_x), of_w(in_w);
-    mark(of_y, c.y, c.samples, c.output, filters), mark(of_x, c.x, c.samples, c.input, channels);
-    mark(of_w, {0, c.w[0], c.w[1], c.w[2]}, 1, c.kernel, 0);
-    for (Index i = 0; i < c.kernel[0]; ++i)
-    for (Index j = 0; j < c.kernel[1]; ++j)
-    for (Index k = 0; k < c.kernel[2]; ++k)
-    for (Index channel = 0; channel < c.channels; ++channel)
-    for (Index f = 0; f < filters; ++f)
-        of_w.inside[size_t(i * c.w[0] + j * c.w[1] + k * c.w[2] + channel * c.w[3] + f)] = true;
-    each(c, [&](Index at_x, Index at_w, Index at_y) {
+    for_elements(c.x, c.samples, c.input, channels, [&](Index at, Index) { of_x.inside[size_t(at)] = true; });
+    const std::array<Index, 5> weights{c.kernel[0], c.kernel[1], c.kernel[2], c.channels, filters};
+    for_all<5>(weights, [&](const std::array<Index, 5>& i) {
+        of_w.inside[size_t(i[0] * c.w[0] + i[1] * c.w[1] + i[2] * c.w[2] + i[3] * c.w[3] + i[4])] = true;
+    });
+    for_elements(c.y, c.samples, c.output, filters, [&](Index at, Index filter) {
+        of_y.inside[size_t(at)] = true;
+        of_y.add(at, *before_y.at(at), 1);
+        of_y.add(at, *bias.at(filter), 1);
+    });
+    for_products(c, [&](Index at_x, Index at_w, Index at_y) {
         of_y.add(at_y, *x.at(at_x), *w.at(at_w));
         of_x.add(at_x, *dy.at(at_y), *w.at(at_w));
         of_w.add(at_w, *x.at(at_x), *dy.at(at_y));
     });
-    for (Index i = 0; i < in_y; ++i) {
-        *y.at(i) = *before_y.at(i);
-        if (of_y.inside[size_t(i)]) of_y.add(i, *before_y.at(i), 1);
-    }
-    for (Index n = 0; n < c.samples; ++n)
-    for (Index i = 0; i < c.output[0]; ++i)
-    for (Index j = 0; j < c.output[1]; ++j)
-    for (Index k = 0; k < c.output[2]; ++k)
-    for (Index f = 0; f < filters; ++f)
-        of_y.add(n * c.y[0] + i * c.y[1] + j * c.y[2] + k * c.y[3] + f, *bias.at(f), 1);
-    for (Index i = 0; i < in_x; ++i) *dx.at(i) = *before_x.at(i);
-    for (Index i = 0; i < in_w; ++i) *dw.at(i) = *before_w.at(i);
+    std::copy_n(before_y.at(0), in_y, y.at(0));
+    std::copy_n(before_x.at(0), in_x, dx.at(0));
+    std::copy_n(before_w.at(0), in_w, dw.at(0));
 
     const Engine& e = engine();
     Floats packed(e.packed_size(c), random), packed_dx(e.packed_dx_size(c), random);
@@ -168,14 +171,14 @@ void test_gemm(Index m, Index n, Index k, bool turn_a, bool turn_b, std::mt19937
     Floats a(m * k, random), b(k * n, random), c(m * n, random), bias(n, random), before(m * n, random);
     const Matrix left{a.at(0), turn_a ? 1 : k, turn_a ? m : 1}, right{b.at(0), turn_b ? 1 : n, turn_b ? k : 1};
     Sums sums(m * n);
-    for (Index i = 0; i < m; ++i)
-    for (Index j = 0; j < n; ++j) {
-        const Index at = i * n + j;
+    for_all<2>({m, n}, [&](const std::array<Index, 2>& i) {
+        const Index at = i[0] * n + i[1];
         sums.inside[size_t(at)] = true;
-        for (Index l = 0; l < k; ++l) sums.add(at, left.data[i * left.row + l * left.column], right.data[l * right.row + j * right.column]);
-        sums.add(at, *bias.at(j), 1), sums.add(at, *before.at(at), 1);
+        for (Index l = 0; l < k; ++l)
+            sums.add(at, left.data[i[0] * left.row + l * left.column], right.data[l * right.row + i[1] * right.column]);
+        sums.add(at, *bias.at(i[1]), 1), sums.add(at, *before.at(at), 1);
         *c.at(at) = *before.at(at);
-    }
+    });
     engine().gemm(m, n, k, left, right, bias.at(0), true, c.at(0), n);
     sums.compare("gemm", c, before);
 }
@@ -186,7 +189,8 @@ void test_engine() {
     for (Index pad : {0, 3}) {
         for (Index channels = 1; channels < 36; channels += channels < 18 ? 1 : 5)
             test({2, 1, channels, 36 - channels, {1, 5, 6}, {1, 3, 3}, {1, 1, 2}, one, pad}, random);
-        for (Index filters : {63, 64, 65, 70, 97}) test({1, 1, 3, filters, {1, 5, 4}, {1, 2, 3}, one, one, pad}, random);
+        for (Index filters : {63, 64, 65, 70, 97})
+            test({1, 1, 3, filters, {1, 5, 4}, {1, 2, 3}, one, one, pad}, random);
         for (Index groups : {2, 15, 16, 33}) {
             test({2, groups, 1, 1, {1, 7, 8}, {1, 3, 2}, {1, 2, 1}, {1, 1, 2}, pad}, random);
             test({1, groups, 2, 3, {1, 7, 8}, {1, 3, 2}, {1, 1, 2}, {1, 2, 1}, pad}, random);

@@ -218,11 +218,10 @@ void define(nb::module_& m) {
 }
 
 void define_refusals(nb::module_& m) {
-    for (const char* name :
-         {"add",          "multiply",        "relu",             "relu_dx",     "activate",    "activate_dx",
-          "max_pool",     "max_pool_dx",     "bias_add",         "bias_grad",   "moments",     "normalize",
-          "normalize_dx", "normalize_grad",  "sum_positions",    "sgd_update",  "adam_update", "lars_update",
-          "sum_squares",  "spread_positions"}) {
+    for (const char* name : {"add",         "multiply",    "relu",         "relu_dx",        "activate",
+                             "activate_dx", "max_pool",    "max_pool_dx",  "bias_add",       "bias_grad",
+                             "moments",     "normalize",   "normalize_dx", "normalize_grad", "sum_positions",
+                             "sgd_update",  "adam_update", "lars_update",  "sum_squares",    "spread_positions"}) {
         refuse_others(m, name,
                       "takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
                       "outputs writeable");

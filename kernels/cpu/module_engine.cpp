@@ -29,14 +29,14 @@ Convolution convolution(const char* name, const X& x, const Y& w, const Z& y, co
     if (dims < 1 || dims > 3 || dilation.size() != dims || x.ndim() != dims + 2 || w.ndim() != dims + 2 ||
         y.ndim() != dims + 2) {
         refuse(name, "stride and dilation need one number per position dim, of which there are 1 to 3, not " +
-                         std::to_string(dims) + " and " + std::to_string(dilation.size()) + " beside " + shape_of(x) + ", " +
-                         shape_of(w) + ", " + shape_of(y));
+                         std::to_string(dims) + " and " + std::to_string(dilation.size()) + " beside " + shape_of(x) +
+                         ", " + shape_of(w) + ", " + shape_of(y));
     }
     require_rows(name, x), require_rows(name, w), require_rows(name, y);
     const Index channels = Index(x.shape(dims + 1)), filters = Index(y.shape(dims + 1));
     if (groups < 1 || channels % groups || filters % groups) {
-        refuse(name, std::to_string(channels) + " channels and " + std::to_string(filters) + " filters do not part into " +
-                         std::to_string(groups) + " equal groups");
+        refuse(name, std::to_string(channels) + " channels and " + std::to_string(filters) +
+                         " filters do not part into " + std::to_string(groups) + " equal groups");
     }
     Convolution c;
     c.samples = Index(x.shape(0)), c.groups = groups, c.channels = channels / groups, c.filters = filters / groups;
@@ -58,8 +58,8 @@ Convolution convolution(const char* name, const X& x, const Y& w, const Z& y, co
 const float* bias_of(const char* name, const Bias& bias, Index columns) {
     if (!bias) return nullptr;
     if (bias->ndim() != 1 || Index(bias->shape(0)) != columns || (columns > 1 && bias->stride(0) != 1)) {
-        refuse(name, "bias must be a contiguous vector of " + std::to_string(columns) + " numbers, not an array of shape " +
-                         shape_of(*bias));
+        refuse(name, "bias must be a contiguous vector of " + std::to_string(columns) +
+                         " numbers, not an array of shape " + shape_of(*bias));
     }
     return bias->data();
 }
@@ -85,8 +85,7 @@ void conv(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index
 void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
     const Engine& e = engine();
-    if (const Winograd* faster = winograd(e, c, exact))
-        return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
+    if (const Winograd* faster = winograd(e, c, exact)) return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_dx_size(c));
     e.pack_dx(c, w.data(), packed);
@@ -96,8 +95,7 @@ void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, I
 void conv_dw(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
     const Engine& e = engine();
-    if (const Winograd* faster = winograd(e, c, exact))
-        return faster->conv_dw(c, x.data(), dy.data(), out.data(), {});
+    if (const Winograd* faster = winograd(e, c, exact)) return faster->conv_dw(c, x.data(), dy.data(), out.data(), {});
     e.conv_dw(c, x.data(), dy.data(), out.data());
 }
 
@@ -108,9 +106,10 @@ Convolution winograd_convolution(const char* name, const X& x, const Y& w, const
     const Numbers ones(x.ndim() < 2 ? 0 : x.ndim() - 2, 1);
     const Convolution c = convolution(name, x, w, y, ones, ones, groups);
     if (!engine().winograd->fits(c)) {
-        refuse(name, "Winograd's convolution takes kernels 3 x 3 and 5 x 5, with a depth or without, and arrays with outputs, "
-                     "not weights " +
-                         shape_of(w) + " over " + shape_of(x));
+        refuse(name,
+               "Winograd's convolution takes kernels 3 x 3 and 5 x 5, with a depth or without, and arrays that have "
+               "outputs, not weights " +
+                   shape_of(w) + " over " + shape_of(x));
     }
     const Index most = 6 - c.kernel[1];
     if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > most || anchor[1] < 0 || anchor[1] > most)
@@ -143,8 +142,8 @@ Matrix matrix(I a, bool transpose) {
     if (a.shape(1) <= 1) column = 1;  // whatever NumPy says
     if (a.shape(0) <= 1 && column != 1) row = 1;
     if (a.size() > 0 && row != 1 && column != 1) {
-        refuse("gemm", "rows or columns must be contiguous, but the elements of a matrix of shape " + shape_of(a) + " lie " +
-                           std::to_string(row) + " and " + std::to_string(column) +
+        refuse("gemm", "rows or columns must be contiguous, but the elements of a matrix of shape " + shape_of(a) +
+                           " lie " + std::to_string(row) + " and " + std::to_string(column) +
                            " apart; pass numpy.ascontiguousarray(...)");
     }
     return transpose ? Matrix{a.data(), column, row} : Matrix{a.data(), row, column};
@@ -190,7 +189,8 @@ void define_engine(nb::module_& m) {
         nb::arg("count"), "Run the engine on so many threads from now on, in the calling thread.");
     m.def("isa", [] { return std::string(engine().isa); }, "The instruction set that the engine uses.");
     m.def("isas", engines, "The instruction sets that the engine can use here, the best first.");
-    m.def("select_isa", select_engine, nb::arg("isa"), "Use an instruction set from now on; '' is the choice at the start.");
+    m.def("select_isa", select_engine, nb::arg("isa"),
+          "Use an instruction set from now on; '' is the choice at the start.");
 }
 
 }  // namespace hpctrain

@@ -52,6 +52,17 @@ Case random_case(std::mt19937& random) {
     return found;
 }
 
+// One tile, and more weights than the second-level cache holds.
+Case many_weights() {
+    Case found;
+    Convolution& c = found.c;
+    c.samples = 1, c.channels = 100, c.filters = 150, c.kernel = {1, 3, 3};
+    c.output = {1, 4, 4}, c.input = {1, 6, 6};
+    c.x = strides(c.input, c.channels, 0), c.y = strides(c.output, c.filters, 0);
+    c.w = {9 * c.channels * c.filters, 3 * c.channels * c.filters, c.channels * c.filters, c.filters};
+    return found;
+}
+
 // Calls work(offset in x, in w, in y) for every product of the convolution.
 template <class Work>
 void each_product(const Convolution& c, Work work) {
@@ -127,6 +138,7 @@ int main() {
         select_engine(isa);
         std::mt19937 random(31);
         for (int i = 0; i < 40; ++i) test(random_case(random), random);
+        test(many_weights(), random);
     }
     std::printf("%d failures\n", failures);
     return failures ? 1 : 0;

@@ -56,8 +56,8 @@ void pack(const Convolution& c, const float* w, float* packed) {
     if (c.depthwise()) return pack_channels(c, w, false, packed);
     pack_panels(c, c.filters, c.channels, packed,
                 [&](Index group, Index column, Index tap, Index offset, int vectors, float* panel) {
-                    pack_panel(w + offset + group * c.filters + column, c.w[3], 1, c.channels, c.filters - column, vectors,
-                               panel + tap * c.channels * vectors * W);
+                    pack_panel(w + offset + group * c.filters + column, c.w[3], 1, c.channels, c.filters - column,
+                               vectors, panel + tap * c.channels * vectors * W);
                 });
 }
 
@@ -65,8 +65,8 @@ void pack_dx(const Convolution& c, const float* w, float* packed) {
     if (c.depthwise()) return pack_channels(c, w, true, packed);
     pack_panels(c, c.channels, c.filters, packed,
                 [&](Index group, Index column, Index tap, Index offset, int vectors, float* panel) {
-                    pack_panel(w + offset + group * c.filters + column * c.w[3], 1, c.w[3], c.filters, c.channels - column,
-                               vectors, panel + (c.taps() - 1 - tap) * c.filters * vectors * W);
+                    pack_panel(w + offset + group * c.filters + column * c.w[3], 1, c.w[3], c.filters,
+                               c.channels - column, vectors, panel + (c.taps() - 1 - tap) * c.filters * vectors * W);
                 });
 }
 
@@ -76,17 +76,18 @@ void conv(const Convolution& c, const float* x, const float* packed, const float
         return multiply_channels(
             {forward_sweeps(c, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, bias, accumulate});
     }
-    multiply({forward_sweeps(c, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups, c.channels, c.filters,
-              bias, accumulate});
+    multiply({forward_sweeps(c, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups, c.channels,
+              c.filters, bias, accumulate});
 }
 
 void conv_dx(const Convolution& c, const float* dy, const float* packed, float* dx) {
     Scratch scratch;
     if (c.depthwise()) {
-        return multiply_channels({dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, nullptr, false});
+        return multiply_channels(
+            {dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, nullptr, false});
     }
-    multiply({dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps() * c.filters, c.channels, c.groups, c.filters, c.channels,
-              nullptr, false});
+    multiply({dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps() * c.filters, c.channels, c.groups, c.filters,
+              c.channels, nullptr, false});
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

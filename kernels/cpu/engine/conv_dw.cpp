@@ -83,7 +83,9 @@ void by_panels(const Gradient& g, float* room, Index room_of_one) {
         const Index parts = (threads + panels - 1) / panels, units = panels * parts;
         for (Index i = units * thread / threads, end = units * (thread + 1) / threads; i < end;) {
             const Index part = i % parts, next = parts == 1 ? end : i + 1;  // panels in a row as one unit
-            compute(g, {i / parts, (next - 1) / parts + 1, count * part / parts, count * (part + 1) / parts, 0, g.chunks.count},
+            compute(g,
+                    {i / parts, (next - 1) / parts + 1, count * part / parts, count * (part + 1) / parts, 0,
+                     g.chunks.count},
                     room + thread * room_of_one, [&](Index row) { return g.dw + g.rows.w[row]; });
             i = next;
         }

@@ -33,8 +33,8 @@ const Engine* find(const std::string& isa, const std::string& origin) {
         if (isa.empty() || isa == one->isa) return one;
         names += (names.empty() ? "" : ", ") + std::string(one->isa);
     }
-    throw std::invalid_argument(origin + " '" + isa + "' is no instruction set that this machine and build have; choose " +
-                                "one of " + names);
+    throw std::invalid_argument(
+        origin + " '" + isa + "' is no instruction set that this machine and build have; choose " + "one of " + names);
 }
 
 const Engine* of_environment() {

@@ -1,8 +1,8 @@
 // The CPU engine: convolution and matrix multiplication of float arrays, one set of functions per instruction set.
 //
-// Same meaning as hpctrain/backends/base.py. Nothing is copied but weights, which are packed for the vectors; outer dims
-// may have any strides, channels are contiguous. Threads are OpenMP's: for one number of threads a result has the same
-// bits every time.
+// Same meaning as hpctrain/backends/base.py. Nothing is copied but weights, which are packed for the vectors; outer
+// dims may have any strides, channels are contiguous. Threads are OpenMP's: for one number of threads a result has the
+// same bits every time.
 #pragma once
 
 #include <array>
@@ -40,8 +40,8 @@ struct Engine {
     const char* isa;
     const Winograd* winograd;
 
-    // Packed weights of `conv` and of `conv_dx`: their size in floats, and how to make them. Good for every input of the
-    // same kernel, channels and groups.
+    // Packed weights of `conv` and of `conv_dx`: their size in floats, and how to make them. Good for every input of
+    // the same kernel, channels and groups.
     Index (*packed_size)(const Convolution&);
     void (*pack)(const Convolution&, const float* w, float* packed);
     Index (*packed_dx_size)(const Convolution&);
@@ -52,7 +52,8 @@ struct Engine {
     void (*conv_dx)(const Convolution&, const float* dy, const float* packed, float* dx);
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
     // c (m, n), rows `row` apart, = a (m, k) b (k, n) [+ bias (n)] [+ c]
-    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c, Index row);
+    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c,
+                 Index row);
     // OpenMP's number of threads, for what the calling thread starts.
     void (*use_threads)(int count);
 };

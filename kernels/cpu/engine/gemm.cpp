@@ -25,7 +25,9 @@ void pack_whole(Index n, Index k, Matrix b, float* packed) {
 // The widest panels for which tiles of m rows waste least.
 int best_width(Index m) {
     int best = TILE_VECTORS;
-    const auto rows = [m](int vectors) { return (m + tile_rows(vectors) - 1) / tile_rows(vectors) * tile_rows(vectors); };
+    const auto rows = [m](int vectors) {
+        return (m + tile_rows(vectors) - 1) / tile_rows(vectors) * tile_rows(vectors);
+    };
     for (int vectors = TILE_VECTORS - 1; vectors >= TILE_VECTORS - 1 && vectors > 0; --vectors) {
         if (rows(vectors) < rows(best)) best = vectors;
     }
@@ -52,7 +54,7 @@ struct Block {
 Copy packing(const Operands& o, const Panels& panels, const Block& block, int j) {
     const Index column = (panels.first(block.panel) + j) * W;
     const int vectors = panels.size(block.panel);
-    return {o.b.data + block.terms.b * o.b.row + column, o.b.row, block.packed + j * W, vectors * W, block.terms.n,
+    return {o.b.data + block.terms.b * o.b.row + column,   o.b.row, block.packed + j * W, vectors * W, block.terms.n,
             j + 1 < vectors ? W : panels.tail(block.panel)};
 }
 

@@ -29,7 +29,8 @@ void turn_columns(const float* b, Index column_step, Index rows, Index columns, 
 
 }  // namespace
 
-void pack_panel(const float* b, Index row_step, Index column_step, Index rows, Index columns, int vectors, float* panel) {
+void pack_panel(const float* b, Index row_step, Index column_step, Index rows, Index columns, int vectors,
+                float* panel) {
     if (column_step == 1) {
         copy_rows(b, row_step, rows, columns, vectors, panel);
     } else {

@@ -5,6 +5,8 @@
 namespace hpctrain {
 namespace {
 
+constexpr Index CACHED_FLOATS = 1 << 16;  // of A: a quarter of a usual second-level cache
+
 // Appends a run, as part of the one before where it goes on from there.
 void append(Run* list, Index& count, Run run) {
     if (run.n == 0) return;
@@ -68,7 +70,8 @@ Classes input_classes(const Convolution& c, int dim, Scratch& scratch) {
             Index reached = 0;
             for (Index tap = kernel - 1; tap >= 0; --tap) {  // outputs ascend
                 const Index from = i - tap * c.dilation[dim];
-                if (from >= 0 && from % stride == 0 && from / stride < c.output[dim]) taps[reached++] = {tap, from / stride};
+                if (from >= 0 && from % stride == 0 && from / stride < c.output[dim])
+                    taps[reached++] = {tap, from / stride};
             }
             if (i > phase && list[count - 1].same_taps(taps, reached)) {
                 ++list[count - 1].count;
@@ -97,13 +100,19 @@ Sweeps forward_sweeps(const Convolution& c, Scratch& scratch) {
     }
     *sweep = {{c.samples, c.output[0], c.output[1], c.output[2]},
               {c.x[0], c.x[1] * c.stride[0], c.x[2] * c.stride[1], c.x[3] * c.stride[2]},
-              c.y, 0, 0, nullptr, 0, 0};
+              c.y,
+              0,
+              0,
+              nullptr,
+              0,
+              0};
     set_blocks(*sweep, runs, count, 1, scratch);
-    return {sweep, 1};
+    return {sweep, 1, c.samples, c.samples};
 }
 
 Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
-    const Classes classes[3] = {input_classes(c, 0, scratch), input_classes(c, 1, scratch), input_classes(c, 2, scratch)};
+    const Classes classes[3] = {input_classes(c, 0, scratch), input_classes(c, 1, scratch),
+                                input_classes(c, 2, scratch)};
     Sweep* sweeps = scratch.array<Sweep>(classes[0].count * classes[1].count * classes[2].count);
     Run* runs = scratch.array<Run>(c.taps());
     Index sweep_count = 0;
@@ -117,8 +126,9 @@ Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
                         for (Index k = 0; k < width.tap_count; ++k) {
                             const Tap &at_d = depth.taps[i], &at_h = height.taps[j], &at_w = width.taps[k];
                             const Index tap = (at_d.tap * c.kernel[1] + at_h.tap) * c.kernel[2] + at_w.tap;
-                            append(runs, count, {at_d.output * c.y[1] + at_h.output * c.y[2] + at_w.output * c.y[3],
-                                                 (c.taps() - 1 - tap) * c.filters, c.filters});
+                            append(runs, count,
+                                   {at_d.output * c.y[1] + at_h.output * c.y[2] + at_w.output * c.y[3],
+                                    (c.taps() - 1 - tap) * c.filters, c.filters});
                         }
                     }
                 }
@@ -128,12 +138,17 @@ Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
                          {c.x[0], c.x[1] * c.stride[0], c.x[2] * c.stride[1], c.x[3] * c.stride[2]},
                          0,
                          depth.first * c.x[1] + height.first * c.x[2] + width.first * c.x[3],
-                         nullptr, 0, 0};
+                         nullptr,
+                         0,
+                         0};
                 set_blocks(sweep, runs, count, 1, scratch);
             }
         }
     }
-    return {sweeps, sweep_count};
+    // as much of dy as the cache holds, or as the weights are large: these are read again for each part
+    const Index sample = c.output[0] * c.output[1] * c.output[2] * c.groups * c.filters;
+    const Index weights = c.taps() * c.groups * c.channels * c.filters;
+    return {sweeps, sweep_count, c.samples, 1 + std::max(CACHED_FLOATS, weights) / std::max<Index>(1, sample)};
 }
 
 Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Scratch& scratch) {
@@ -141,7 +156,7 @@ Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, 
     *sweep = {{1, 1, 1, m}, {0, 0, 0, a_row}, {0, 0, 0, c_row}, 0, 0, nullptr, 0, 0};
     const Run run{0, 0, k};
     set_blocks(*sweep, &run, k > 0, a_column, scratch);
-    return {sweep, 1};
+    return {sweep, 1, 1, 1};
 }
 
 Chunks position_chunks(const Convolution& c, Index limit, Scratch& scratch) {
@@ -178,7 +193,8 @@ WeightRows weight_rows(const Convolution& c, Scratch& scratch) {
         for (Index j = 0; j < c.kernel[1]; ++j) {
             for (Index k = 0; k < c.kernel[2]; ++k) {
                 for (Index channel = 0; channel < c.channels; ++channel, ++row) {
-                    x[row] = i * c.dilation[0] * c.x[1] + j * c.dilation[1] * c.x[2] + k * c.dilation[2] * c.x[3] + channel;
+                    x[row] =
+                        i * c.dilation[0] * c.x[1] + j * c.dilation[1] * c.x[2] + k * c.dilation[2] * c.x[3] + channel;
                     w[row] = i * c.w[0] + j * c.w[1] + k * c.w[2] + channel * c.w[3];
                 }
             }

@@ -16,8 +16,8 @@ struct Runs {
     Index count;
 };
 
-// Positions (sample, depth, height, width) whose sums have the same terms, each from its own place in A. Where A lies for
-// the first of them, how it moves from one to the next, and the same for the result C.
+// Positions (sample, depth, height, width) whose sums have the same terms, each from its own place in A. Where A lies
+// for the first of them, how it moves from one to the next, and the same for the result C.
 struct Sweep {
     std::array<Index, 4> extent, a_step, c_step;
     Index a, c;
@@ -25,12 +25,14 @@ struct Sweep {
     const Runs* blocks;
     Index block_count, terms;
 
-    Index positions() const { return extent[0] * extent[1] * extent[2] * extent[3]; }
+    Index positions() const { return extent[1] * extent[2] * extent[3]; }  // of one sample
 };
 
+// Sweeps that read the same array: of some samples one sweep after the other, so that what they read of A stays in the
+// cache, then of the next ones.
 struct Sweeps {
     const Sweep* list;
-    Index count;
+    Index count, samples, samples_at_once;
 };
 
 // Terms of one block of a sweep, at most.
@@ -38,8 +40,8 @@ constexpr Index BLOCK_TERMS = 768;
 
 // y: for each output the taps in x, which are packed rows tap * channels + channel.
 Sweeps forward_sweeps(const Convolution&, Scratch&);
-// dx: for each input the outputs that read it; packed rows are (taps - 1 - tap) * filters + filter, so that both factors
-// are walked upwards. Every input is in one sweep, if only to become 0.
+// dx: for each input the outputs that read it; packed rows are (taps - 1 - tap) * filters + filter, so that both
+// factors are walked upwards. Every input is in one sweep, if only to become 0.
 Sweeps dx_sweeps(const Convolution&, Scratch&);
 // (m, k) by k rows of packed B.
 Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Scratch&);

@@ -5,8 +5,8 @@
 
 namespace hpctrain {
 
-// What is taken stays valid until the Scratch that it was taken from ends. Nested ones stack. Belongs to one thread, but
-// what is taken may be used by others.
+// What is taken stays valid until the Scratch that it was taken from ends. Nested ones stack. Belongs to one thread,
+// but what is taken may be used by others.
 class Scratch {
 public:
     Scratch();

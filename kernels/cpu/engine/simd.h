@@ -18,8 +18,8 @@
 
 namespace hpctrain::HPCTRAIN_ISA {
 
-// W: floats per vector. A register tile of the matrix kernel is tile_rows(n) rows of n <= TILE_VECTORS vectors: its sums
-// fill most registers, and leave some for what is multiplied.
+// W: floats per vector. A register tile of the matrix kernel is tile_rows(n) rows of n <= TILE_VECTORS vectors: its
+// sums fill most registers, and leave some for what is multiplied.
 #if defined(__AVX512F__)
 constexpr int W = 16, TILE_VECTORS = 4;
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }

@@ -44,31 +44,36 @@ struct Rows {
     }
 };
 
-// Calls work(unit) for the share of one thread: equal ones, as far as units allow.
-template <class Work>
-void for_share(const Product& p, Index panels, int thread, int threads, Work work) {
-    Index blocks = 0, total = 0;
-    const auto cost = [](const Sweep& sweep, Index positions) { return positions * (sweep.terms + 8); };
-    for (const Sweep* sweep = p.sweeps.list; sweep != p.sweeps.list + p.sweeps.count; ++sweep) {
-        blocks += p.groups * ((sweep->positions() + BLOCK_ROWS - 1) / BLOCK_ROWS);
-        total += p.groups * cost(*sweep, sweep->positions());
-    }
-    if (blocks == 0) return;
-    // few positions: threads part the panels too
-    const Index parts = threads == 1 ? 1 : least(panels, (4 * threads + blocks - 1) / blocks);
-    Index before = 0;
+// Calls visit(group, sweep, first position, positions) for blocks of positions, in the order in which they should be
+// done.
+template <class Visit>
+inline void for_blocks(const Product& p, Visit visit) {
+    const Sweeps& s = p.sweeps;
     for (Index group = 0; group < p.groups; ++group) {
-        for (const Sweep* sweep = p.sweeps.list; sweep != p.sweeps.list + p.sweeps.count; ++sweep) {
-            const Index positions = sweep->positions();
-            for (Index first = 0; first < positions; first += BLOCK_ROWS) {
-                const Index count = least(BLOCK_ROWS, positions - first);
-                for (Index part = 0; part < parts; ++part, before += cost(*sweep, count)) {
-                    if (before * threads / (total * parts) != thread) continue;
-                    work(Unit{sweep, group, first, count, part * panels / parts, (part + 1) * panels / parts});
-                }
+        for (Index sample = 0; sample < s.samples; sample += s.samples_at_once) {
+            for (const Sweep* sweep = s.list; sweep != s.list + s.count; ++sweep) {
+                const Index end = least(s.samples, sample + s.samples_at_once) * sweep->positions();
+                for (Index first = sample * sweep->positions(); first < end; first += BLOCK_ROWS)
+                    visit(group, *sweep, first, least(BLOCK_ROWS, end - first));
             }
         }
     }
+}
+
+// Calls work(unit) for the share of one thread: equal ones, as far as units allow.
+template <class Work>
+void for_share(const Product& p, Index panels, int thread, int threads, Work work) {
+    const auto cost = [](const Sweep& sweep, Index positions) { return positions * (sweep.terms + 8); };
+    Index blocks = 0, total = 0, before = 0;
+    for_blocks(p, [&](Index, const Sweep& sweep, Index, Index count) { ++blocks, total += cost(sweep, count); });
+    // few positions: threads part the panels too
+    const Index parts = threads == 1 || blocks == 0 ? 1 : least(panels, (4 * threads + blocks - 1) / blocks);
+    for_blocks(p, [&](Index group, const Sweep& sweep, Index first, Index count) {
+        for (Index part = 0; part < parts; ++part, before += cost(sweep, count)) {
+            if (before * threads / (total * parts) != thread) continue;
+            work(Unit{&sweep, group, first, count, part * panels / parts, (part + 1) * panels / parts});
+        }
+    });
 }
 
 void compute(const Product& p, const Panels& panels, const Unit& unit) {
@@ -82,7 +87,8 @@ void compute(const Product& p, const Panels& panels, const Unit& unit) {
             with_vectors(panels.size(q), [&](auto vectors) {
                 constexpr int N = decltype(vectors)::count, M = tile_rows(N);
                 for (Index i = 0; i < unit.count; i += M) {
-                    tile<N>(rows.a + i, rows.c + i, column, unit.sweep->blocks[block], p.step, packed + column * p.depth,
+                    tile<N>(rows.a + i, rows.c + i, column, unit.sweep->blocks[block], p.step,
+                            packed + column * p.depth,
                             Target{int(least(M, unit.count - i)), panels.tail(q), add, bias});
                 }
             });
@@ -93,8 +99,8 @@ void compute(const Product& p, const Panels& panels, const Unit& unit) {
 constexpr int CHANNEL_ROWS = 8;  // positions at a time where each channel is alone
 
 // A vector of channels, of some positions.
-inline void channel_tile(const float* const* a, float* const* c, Index column, Runs runs, const float* packed, Index width,
-                         const Target& target) {
+inline void channel_tile(const float* const* a, float* const* c, Index column, Runs runs, const float* packed,
+                         Index width, const Target& target) {
     V sums[CHANNEL_ROWS] = {};
     const int n = target.tail;
     for (const Run* run = runs.list; run != runs.list + runs.count; ++run) {

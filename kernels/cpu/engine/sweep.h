@@ -12,7 +12,7 @@ struct Product {
     const float* a;
     float* c;
     const float* packed;
-    Index depth, width;                     // rows and columns of packed B, of one group
+    Index depth, width;                      // rows and columns of packed B, of one group
     Index groups, a_group = 0, c_group = 0;  // how far one group lies from the next in A and C
     const float* bias = nullptr;
     bool accumulate = false;
@@ -23,8 +23,9 @@ void multiply(const Product&);
 // Runs have one term.
 void multiply_channels(const Product&);
 
-// Packs `rows` rows of `columns` columns, at b + row * row_step + column * column_step, one step being 1, as one panel of
-// `vectors`.
-void pack_panel(const float* b, Index row_step, Index column_step, Index rows, Index columns, int vectors, float* panel);
+// Packs `rows` rows of `columns` columns, at b + row * row_step + column * column_step, one step being 1, as one panel
+// of `vectors`.
+void pack_panel(const float* b, Index row_step, Index column_step, Index rows, Index columns, int vectors,
+                float* panel);
 
 }  // namespace hpctrain::HPCTRAIN_ISA

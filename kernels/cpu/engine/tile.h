@@ -46,8 +46,8 @@ struct Target {
     const float* bias;  // of the first column; may be null
 };
 
-// What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing, or
-// to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
+// What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing,
+// or to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
 struct Nothing {
     void step() {}
 };
@@ -100,7 +100,8 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
         for (int r = 0; r < M; ++r) {
             float* place = c[r] + column;
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) store(place + j * W, target.add ? sums[r][j] + load(place + j * W) : sums[r][j]);
+            for (int j = 0; j < N; ++j)
+                store(place + j * W, target.add ? sums[r][j] + load(place + j * W) : sums[r][j]);
         }
         return;
     }

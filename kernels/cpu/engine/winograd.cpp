@@ -13,9 +13,9 @@ bool winograd_fits(const Convolution& c) {
     return c.samples > 0 && c.output[0] > 0 && c.output[1] > 0 && c.output[2] > 0;
 }
 
-// Counts vector operations: those of the transforms (a tile takes about 250 for each vector of channels, on either side,
-// a kernel about 400 for each vector of weights) do not depend on how many filters or tiles share them, so few channels,
-// filters or tiles do not pay, nor do tiles that are mostly outside of the outputs.
+// Counts vector operations, as measured: a tile takes about 250 for the transforms of each vector of channels, on
+// either side, however many filters share them, and weights 400 for each vector of them, however many tiles there are.
+// So few channels, filters or tiles do not pay, nor do tiles that lie mostly outside of the outputs.
 bool winograd_pays(const Convolution& c) {
     using namespace winograd;
     constexpr double TILE = 250, KERNEL = 400, WORTH = 0.8;

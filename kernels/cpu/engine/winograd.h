@@ -2,16 +2,16 @@
 // 2 x 2 outputs of a kernel 5 x 5, instead of 100.
 //
 // For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps.
-// Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h); and
-// an infinity may become NaN, both in all outputs of its tile.
+// Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h).
+// NaN and infinity reach all outputs of their tile, an infinity maybe as NaN.
 #pragma once
 
 #include "engine.h"
 
 namespace hpctrain {
 
-// Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger image that are
-// cut anywhere can have their tiles where the whole image has them.
+// Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger
+// image, cut anywhere, can have their tiles where the whole image has them.
 struct TileAnchor {
     int h = 0, w = 0;
 };

@@ -65,9 +65,8 @@ struct Backward : Pass {
         const Place place = tiles.place(share.column);
         if (share.columns == 0 || !place.below) return {};
         const Index row = dx.extent[2] * dx.channels;
-        return {{data, {0, (KERNEL - 1) * row, row, dx.channels}, {dx.extent[0], KERNEL - 1, dx.extent[2]}, dx.channels},
-                place.n,
-                place.row};
+        const Strides step{0, (KERNEL - 1) * row, row, dx.channels};
+        return {{data, step, {dx.extent[0], KERNEL - 1, dx.extent[2]}, dx.channels}, place.n, place.row};
     }
     // Adds columns [begin, end) of a seam to dx.
     void close(const Seam& seam, Index begin, Index end) const {
@@ -89,10 +88,10 @@ struct Backward : Pass {
 // Terms of one run of sums, of all depth taps.
 inline Index run_terms(const Pass& pass) { return pass.taps == 1 ? RUN : most(W, RUN / pass.taps / W * W); }
 
-// The sums over a run of terms [begin, end) into a panel of m, for all POINTS products; `right` is that run of the panel
+// One of the POINTS products: sums over a run of terms [begin, end) into a panel of m; `right` is that run of the panel
 // of weights.
-inline void multiply(const Pass& pass, const Block& block, const Matrices& v, const Matrices& m, Index panel, Index begin,
-                     Index end, const float* right, Index right_point, int point) {
+inline void multiply(const Pass& pass, const Block& block, const Matrices& v, const Matrices& m, Index panel,
+                     Index begin, Index end, const float* right, Index right_point, int point) {
     const Left left{v.data + point * v.point + begin * v.rows, v.rows * W, block.columns * W, pass.taps, end - begin};
     product<W, 1>(m.width(panel), left, block.rows(), right + point * right_point, m.panel(panel) + point * m.point,
                   begin > 0);
@@ -178,8 +177,7 @@ void by_weights(const P& pass) {
             Matrices m(block.rows(), pass.results, TILE_VECTORS);
             m.point = m_floats / POINTS;
             for (Index panel = thread; panel < m.panels; panel += threads) {
-                m.data = nullptr;
-                m.data = right + u_floats - (m.panel(panel) - m.data);
+                m.data = right + (u_floats - m.offset(panel));  // there is room for this panel only
                 for (Index begin = 0; begin < pass.terms || begin == 0; begin += run) {
                     const Index end = least(begin + run, pass.terms);
                     pass.pack(m.first(panel), m.width(panel), begin, end, right, u_floats / POINTS);

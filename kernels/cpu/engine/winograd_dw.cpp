@@ -54,9 +54,9 @@ void multiply(const WeightGradient<KERNEL>& g, const Units& units, Index unit, c
 
 template <int KERNEL>
 void write(const WeightGradient<KERNEL>& g, const Units& units, Index unit, const float* sums) {
-    const Index panel = units.panel(unit);
-    write_weight_gradients<KERNEL>(g.dw, units.tap(unit), units.vector(unit) * W, units.d.first(panel), units.d.width(panel), sums,
-                           UNIT_POINT);
+    const Index panel = units.panel(unit), channel = units.vector(unit) * W;
+    write_weight_gradients<KERNEL>(g.dw, units.tap(unit), channel, units.d.first(panel), units.d.width(panel), sums,
+                                   UNIT_POINT);
 }
 
 // Floats for the transforms of a block, v before d.
@@ -119,8 +119,9 @@ void by_units(const WeightGradient<KERNEL>& g) {
         Matrices v(source_of(g, block).rows(), g.dw.channels, 1), d(block.rows(), g.dw.filters, TILE_VECTORS);
         v.data = transforms, d.data = transforms + room.v;
         in_threads([&](int t, int threads) {
-            read_tiles<Input>(g.x, g.tiles, source_of(g, block), v, v.rows * t / threads, v.rows * (t + 1) / threads);
-            read_tiles<OutputAdjoint<KERNEL>>(g.dy, g.tiles, block, d, d.rows * t / threads, d.rows * (t + 1) / threads);
+            const auto part = [=](Index rows, int i) { return rows * i / threads; };
+            read_tiles<Input>(g.x, g.tiles, source_of(g, block), v, part(v.rows, t), part(v.rows, t + 1));
+            read_tiles<OutputAdjoint<KERNEL>>(g.dy, g.tiles, block, d, part(d.rows, t), part(d.rows, t + 1));
         });
         const bool first = block.plane == 0 && block.column == 0;
         const bool last = block.plane + block.planes == all.planes && block.column + block.columns == all.columns;

@@ -26,7 +26,8 @@ struct Matrices {
     Index floats() const { return POINTS * point; }
     Index first(Index panel) const { return panel * vectors / panels; }  // its first vector
     int width(Index panel) const { return int(first(panel + 1) - first(panel)); }
-    float* panel(Index panel) const { return data + first(panel) * rows * W; }
+    Index offset(Index panel) const { return first(panel) * rows * W; }
+    float* panel(Index panel) const { return data + offset(panel); }
 };
 
 // Rows of a register tile that is n vectors wide: as many sums as leave registers for their factors.

@@ -3,8 +3,8 @@
 namespace hpctrain::HPCTRAIN_ISA::winograd {
 namespace {
 
-// Calls work(read, channel) for the vectors of channels of panels [first, last): read(i, j) gives the products for `row`
-// of the channels from `channel` on.
+// Calls work(read, channel) for the vectors of channels of panels [first, last), of which `channel` is the first
+// channel: read(i, j) gives their products in `row`.
 template <class Work>
 inline void each_vector(const Matrices& from, Index first, Index last, Index row, Work work) {
     for (Index panel = first; panel < last; ++panel) {

@@ -127,8 +127,8 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
     }
 }
 
-// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL, + bias (may be null) [+ what
-// stands there].
+// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL, + bias (may be null),
+// + what stands there if `accumulate`.
 template <int KERNEL>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
                    Index last, const float* bias, bool accumulate);

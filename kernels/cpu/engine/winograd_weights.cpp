@@ -14,13 +14,10 @@ void pack_filters(const Filters<const float>& w, Index first_vector, int width, 
         for (Index c = begin; c < end; ++c) {
             for (int q = 0; q < width; ++q, to += W) {
                 const Index filter = (first_vector + q) * W;
-                const int n = lanes(w.filters - filter);
-                const auto write = [=](int i, int j, V v) { store(to + (i * INPUTS + j) * point, v); };
-                if (n == W) {
-                    both_dims<Weights<KERNEL>>([&](int i, int j) { return load(w.at(tap, i, j, c, filter)); }, write);
-                } else {
-                    both_dims<Weights<KERNEL>>([&](int i, int j) { return load(w.at(tap, i, j, c, filter), n); }, write);
-                }
+                with_lanes(w.filters - filter, true, [&](auto lanes, auto) {
+                    both_dims<Weights<KERNEL>>([&](int i, int j) { return lanes.read(w.at(tap, i, j, c, filter)); },
+                                               [=](int i, int j, V v) { store(to + (i * INPUTS + j) * point, v); });
+                });
             }
         }
     }
