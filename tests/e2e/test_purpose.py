@@ -14,8 +14,9 @@ import runs
 from hpctrain.data.make.volumes import make_volumes
 
 MIB = 2**20
-LIMIT = 320 * MIB
-"""Of each process: Python, MPI and libraries take 115 MiB, the network 350 on one rank and 106 on each of four."""
+LIMIT = 256 * MIB
+"""Of each process: Python, MPI and libraries take 115 MiB, the network 291 on one rank and less than a third of it on
+each of four."""
 
 CONFIG = """
 [model]
