@@ -76,7 +76,7 @@ class Executor:
         self._allreduce = allreduce.get(plan.allreduce).allreduce
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
-        self._differentiable = differentiable(graph)
+        self._differentiable, self._losses = differentiable(graph), graph.losses
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)
         self.state = [tensor for place in self.layouts.values() for tensor in self._statistics(place, seed)]
         self.exchanges = self._exchanges()
@@ -112,7 +112,7 @@ class Executor:
             for edge in step.outputs[1:]:  # the first one's source is the result itself
                 np.copyto(edge.fwd.reserve(), step.result)
         # (0, 4) on an idle rank
-        return {loss.name: self._by_name[loss.name].result.reshape(-1, loss.shape[-1]) for loss in self.graph.losses}
+        return {loss.name: self._by_name[loss.name].result.reshape(-1, loss.shape[-1]) for loss in self._losses}
 
     def backward(self, dloss: Mapping[str, Array]) -> None:
         """Fill `parameters.gradients` with the sums over the global batch of d(total)/d(weight).

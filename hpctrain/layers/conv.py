@@ -18,8 +18,23 @@ BORDERS = {"zero": FILL, "periodic": WRAP, "reflect": REFLECT}
 """What padding holds: zeros, the other end of the input, or the input mirrored at its edge (which is not repeated)."""
 
 
+class Grouped(Layer):
+    """What convolutions of both directions share: their work is the output's dims, then the channels of a group."""
+
+    groups: int
+
+    def work_shape(self, *x: Shape) -> Shape:
+        return (*self.output_shape(*x), x[0][-1] // self.groups)
+
+    def work_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
+        return (*tensor_axes(len(x[0])), "contraction")
+
+    def output_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
+        return (*tensor_axes(len(x[0]))[:-1], ("channel", "contraction"))
+
+
 @dataclass(frozen=True)
-class Conv(Layer):
+class Conv(Grouped):
     """y (N, [D,] H, W, filters) from x (N, [D,] H, W, C); weight ([kd,] kh, kw, C / groups, filters), bias (filters,).
 
     `padding` is a number or (before, after) for each position dim; `border` says what it holds, see BORDERS. With
@@ -53,15 +68,6 @@ class Conv(Layer):
                     f"only {n - 1} elements behind its edge; pad less, or with border = 'zero' or 'periodic'"
                 )
         return (x0[0], *(w.output(n) for w, n in zip(found, x0[1:-1], strict=True)), self.filters)
-
-    def work_shape(self, *x: Shape) -> Shape:
-        return (*self.output_shape(*x), x[0][-1] // self.groups)
-
-    def work_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
-        return (*tensor_axes(len(x[0])), "contraction")
-
-    def output_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
-        return (*tensor_axes(len(x[0]))[:-1], ("channel", "contraction"))
 
     def needs(self, *x: Shape) -> tuple[Dims, ...]:
         border = BORDERS[self.border]

@@ -10,10 +10,10 @@ import numpy as np
 
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
-from hpctrain.layers.base import Dims, Layer, Phase, Place, Weight, each, spatial_axes, tensor_axes
-from hpctrain.layers.conv import channels_of, check_channels, covers, group_runs, kernel_weights, own_part
+from hpctrain.layers.base import Dims, Phase, Place, Weight, each, spatial_axes
+from hpctrain.layers.conv import Grouped, channels_of, check_channels, covers, group_runs, kernel_weights, own_part
 from hpctrain.layers.window import Number, Padding, paddings
-from hpctrain.partition import AxisNames, Interval, Shape, extent
+from hpctrain.partition import Interval, Shape, extent
 from hpctrain.regions import Along
 
 
@@ -44,7 +44,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class ConvTranspose(Layer):
+class ConvTranspose(Grouped):
     """y (N, [D,] H, W, filters) from x (N, [D,] H, W, C): x[i] weight[t] adds to y[i stride + t dilation - padding].
 
     weight ([kd,] kh, kw, C / groups, filters), bias (filters,). Output extent: (n - 1) stride - before - after
@@ -94,15 +94,6 @@ class ConvTranspose(Layer):
         found = self.spreads(x0)
         check_channels(self.filters, self.groups, x0[-1])
         return (x0[0], *(s.output(n) for s, n in zip(found, x0[1:-1], strict=True)), self.filters)
-
-    def work_shape(self, *x: Shape) -> Shape:
-        return (*self.output_shape(*x), x[0][-1] // self.groups)
-
-    def work_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
-        return (*tensor_axes(len(x[0])), "contraction")
-
-    def output_axes(self, *x: Shape) -> tuple[AxisNames, ...]:
-        return (*tensor_axes(len(x[0]))[:-1], ("channel", "contraction"))
 
     def needs(self, *x: Shape) -> tuple[Dims, ...]:
         positions = (Along(d, spread) for d, spread in enumerate(self.spreads(x[0]), start=1))
