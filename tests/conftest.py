@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; under -m "parallel[match]" start MPI."""
+    # Processes that tests start use what is installed, as this one does: sources in a clone lack compiled kernels.
+    os.environ["PYTHONSAFEPATH"] = "1"
     config.addinivalue_line("markers", "parallel(ranks): runs on that many ranks: a literal number or list of numbers")
     config.addinivalue_line("markers", f"{MATCH}: set on parallel tests for the number of ranks that run now")
     config.addinivalue_line("markers", "slow: takes more than half a minute; only run with --slow")
