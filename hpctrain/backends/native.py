@@ -15,13 +15,15 @@ COMPILED = (
     *("conv", "conv_dx", "conv_dw", "gemm"),
     *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
+    *("avg_pool", "avg_pool_dx", "resample", "resample_dx"),
     *("moments", "normalize", "normalize_grad", "normalize_dx"),
+    *("softmax", "softmax_dx", "cross_entropy", "cross_entropy_dx", "label_scores"),
+    *("pointwise_loss", "pointwise_loss_dx", "agreement"),
     *("sgd_update", "adam_update", "lars_update", "sum_squares"),
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
-Convolution and matrix multiplication in float32; of normalization those whose statistics are one number per channel, as
-in batch normalization.
+Convolution and matrix multiplication in float32, in float64 as `Reference`.
 """
 
 
@@ -46,14 +48,9 @@ class Native(Reference):
             raise BackendUnavailable(f"backend 'native': {error}") from error
 
     def describe(self) -> str:
-        inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
-        others = [name for name in inherited if name not in (*COMPILED, "describe", "empty", "use_threads")]
-        # a gradient is computed by what computes its operation
-        families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
-            f"native: compiled kernels for {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
-            f"NumPy {np.__version__} for {', '.join(families)}, convolution and matrix products in float64, and "
-            "normalization other than per channel"
+            f"native: compiled kernels for all {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
+            f"NumPy {np.__version__} for convolution and matrix products in float64"
         )
 
     def use_threads(self, count: int) -> None:
@@ -123,20 +120,37 @@ class Native(Reference):
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
         self._kernels.spread_positions(dy, out, scale)
 
-    def _normalization(self, x: Array, *vectors: Array) -> Any:
-        """What normalizes x by these vectors: compiled kernels where each holds one number per channel, else NumPy."""
-        return self._kernels if all(vector.shape == x.shape[-1:] for vector in vectors) else super()
+    def avg_pool(self, x: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
+        self._kernels.avg_pool(x, out, divisor, kernel, stride)
+
+    def avg_pool_dx(self, dy: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
+        self._kernels.avg_pool_dx(dy, out, divisor, kernel, stride)
+
+    def resample(self, x: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        self._kernels.resample(x, out, dim, index, weight)
+
+    def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        self._kernels.resample_dx(dy, out, dim, index, weight)
 
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
-        self._normalization(x, mean, m2).moments(x, mean, m2)
+        if _per_channel(x, mean, m2):
+            self._kernels.moments(x, mean, m2)
+        else:
+            self._kernels.moments_of(x, mean, m2)
 
     def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        self._normalization(x, mean, rstd, gamma, beta).normalize(x, mean, rstd, gamma, beta, out)
+        if _per_channel(x, mean, rstd, gamma, beta):
+            self._kernels.normalize(x, mean, rstd, gamma, beta, out)
+        else:
+            self._kernels.normalize_by(x, mean, rstd, gamma, beta, out)
 
     def normalize_grad(
         self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
     ) -> None:
-        self._normalization(x, mean, rstd, sum_dy, sum_dy_xhat).normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+        if _per_channel(x, mean, rstd, sum_dy, sum_dy_xhat):
+            self._kernels.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+        else:
+            self._kernels.normalize_grad_of(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
 
     def normalize_dx(
         self,
@@ -149,9 +163,42 @@ class Native(Reference):
         mean_g_xhat: Floats,
         out: Floats,
     ) -> None:
-        self._normalization(x, mean, rstd, gamma, mean_g, mean_g_xhat).normalize_dx(
-            dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out
-        )
+        if _per_channel(x, mean, rstd, gamma, mean_g, mean_g_xhat):
+            self._kernels.normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
+        else:
+            self._kernels.normalize_dx_by(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
+
+    def softmax(self, x: Floats, out: Floats) -> None:
+        self._kernels.softmax(x, out)
+
+    def softmax_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
+        self._kernels.softmax_dx(dy, y, out)
+
+    def cross_entropy(
+        self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
+    ) -> None:
+        self._kernels.cross_entropy(logits, labels, weight, smoothing, loss, probability)
+
+    def cross_entropy_dx(
+        self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
+    ) -> None:
+        self._kernels.cross_entropy_dx(probability, labels, weight, smoothing, scale, out)
+
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        self._kernels.label_scores(logits, labels, weight, total, correct, count)
+
+    def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
+        self._kernels.pointwise_loss(kind, x, target, loss, delta)
+
+    def pointwise_loss_dx(
+        self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
+    ) -> None:
+        self._kernels.pointwise_loss_dx(kind, x, target, scale, out, delta)
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        self._kernels.agreement(x, target, out)
 
     def sgd_update(
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
@@ -182,6 +229,11 @@ class Native(Reference):
     def sum_squares(self, x: Floats) -> float:
         found: float = self._kernels.sum_squares(x)
         return found
+
+
+def _per_channel(x: Array, *vectors: Array) -> bool:
+    """Whether each of these holds one number per channel of x, as in batch normalization."""
+    return all(vector.shape == x.shape[-1:] for vector in vectors)
 
 
 def _import_kernels() -> Any:

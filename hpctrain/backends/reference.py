@@ -194,6 +194,18 @@ class Reference:
         out *= _rows(scale, out)
         out[~counts] = 0
 
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        if logits.size == 0:
+            for out in (total, correct, count):
+                out.fill(0)
+            return
+        counts, label = _classes(labels, logits.shape[-1])
+        total[...] = _per_sample(np.where(counts, weight[label].astype(np.float64), 0))
+        correct[...] = _per_sample(counts & (logits.argmax(axis=-1) == labels))
+        count[...] = _per_sample(counts)
+
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
         loss[...] = _per_sample(pointwise.loss(kind, x, target, delta))
 
@@ -201,6 +213,9 @@ class Reference:
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
         np.multiply(pointwise.loss_slope(kind, x, target, delta), _rows(scale, x), out=out)
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        out[...] = _per_sample((x > 0) == (target > 0.5))
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

@@ -15,5 +15,7 @@ void def(nanobind::module_& m, const char* name, F function, Arguments... argume
 void refuse_others(nanobind::module_& m, const char* name, const char* takes);
 
 void define_engine(nanobind::module_& m);
+void define_losses(nanobind::module_& m);
+void define_positions(nanobind::module_& m);
 
 }  // namespace hpctrain
