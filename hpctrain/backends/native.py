@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
-from hpctrain.backends.reference import Reference
+from hpctrain.backends.reference import Reference, require_slope
 from hpctrain.errors import BackendUnavailable
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 COMPILED = (
     *("conv", "conv_dx", "conv_dw", "gemm"),
-    *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
+    *("add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
     *("avg_pool", "avg_pool_dx", "resample", "resample_dx"),
     *("moments", "normalize", "normalize_grad", "normalize_dx"),
@@ -30,8 +33,9 @@ Convolution and matrix multiplication in float32, in float64 as `Reference`.
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 
-    Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and matrix
-    products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
+    Arrays of bf16 (ml_dtypes.bfloat16) are computed with in float32, and have float32 vectors (gamma, beta, bias) at
+    their side. Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and
+    matrix products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
     BackendUnavailable without the compiled module hpctrain._native or without what HPCTRAIN_ISA asks for, TypeError or
     ValueError on arrays that do not fit.
     """
@@ -81,76 +85,109 @@ class Native(Reference):
             super().gemm(a, b, out, transpose_a, transpose_b)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
-        self._kernels.add(a, b, out)
+        self._kernels.add(*_stored(a, b, out))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
-        self._kernels.multiply(a, b, out)
+        self._kernels.multiply(*_stored(a, b, out))
 
     def relu(self, x: Floats, out: Floats) -> None:
-        self._kernels.relu(x, out)
+        self._kernels.relu(*_stored(x, out))
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
-        self._kernels.relu_dx(dy, y, out)
+        self._kernels.relu_dx(*_stored(dy, y, out))
+
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        self._kernels.activation_grad(*_stored(dy, y), slope)
 
     def activate(self, kind: str, x: Floats, out: Floats, slope: float = 0.0) -> None:
-        self._kernels.activate(kind, x, out, slope)
+        self._kernels.activate(kind, *_stored(x, out), slope)
 
     def activate_dx(self, kind: str, dy: Floats, x: Floats, out: Floats, slope: float = 0.0) -> None:
-        self._kernels.activate_dx(kind, dy, x, out, slope)
+        self._kernels.activate_dx(kind, *_stored(dy, x, out), slope)
 
     def max_pool(
         self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
     ) -> None:
-        self._kernels.max_pool(x, out, index, kernel, stride, dilation or (1,) * len(kernel))
+        self._kernels.max_pool(*_stored(x, out), index, kernel, stride, dilation or (1,) * len(kernel))
 
     def max_pool_dx(
         self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
     ) -> None:
-        self._kernels.max_pool_dx(dy, index, out, kernel, stride, dilation or (1,) * len(kernel))
+        self._kernels.max_pool_dx(*_stored(dy, index, out), kernel, stride, dilation or (1,) * len(kernel))
 
     def bias_add(self, y: Floats, b: Floats) -> None:
-        self._kernels.bias_add(y, b)
+        self._kernels.bias_add(*_stored(y, b))
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
-        self._kernels.bias_grad(dy, out)
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        masked = () if y is None else (*_stored(y), slope)
+        self._kernels.bias_grad(*_stored(dy, out), *masked)
 
     def sum_positions(self, x: Floats, out: Floats, scale: float) -> None:
-        self._kernels.sum_positions(x, out, scale)
+        self._kernels.sum_positions(*_stored(x, out), scale)
 
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
-        self._kernels.spread_positions(dy, out, scale)
+        self._kernels.spread_positions(*_stored(dy, out), scale)
 
     def avg_pool(self, x: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
-        self._kernels.avg_pool(x, out, divisor, kernel, stride)
+        self._kernels.avg_pool(*_stored(x, out), divisor, kernel, stride)
 
     def avg_pool_dx(self, dy: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
-        self._kernels.avg_pool_dx(dy, out, divisor, kernel, stride)
+        self._kernels.avg_pool_dx(*_stored(dy, out), divisor, kernel, stride)
 
     def resample(self, x: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
-        self._kernels.resample(x, out, dim, index, weight)
+        self._kernels.resample(*_stored(x, out), dim, index, weight)
 
     def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
-        self._kernels.resample_dx(dy, out, dim, index, weight)
+        self._kernels.resample_dx(*_stored(dy, out), dim, index, weight)
 
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
         if _per_channel(x, mean, m2):
-            self._kernels.moments(x, mean, m2)
+            self._kernels.moments(*_stored(x), mean, m2)
         else:
-            self._kernels.moments_of(x, mean, m2)
+            self._kernels.moments_of(*_stored(x), mean, m2)
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         if _per_channel(x, mean, rstd, gamma, beta):
-            self._kernels.normalize(x, mean, rstd, gamma, beta, out)
-        else:
-            self._kernels.normalize_by(x, mean, rstd, gamma, beta, out)
+            added = None if add is None else _stored(add)[0]
+            self._kernels.normalize(*_stored(x), mean, rstd, gamma, beta, *_stored(out), added, slope)
+            return
+        require_slope(slope)
+        self._kernels.normalize_by(*_stored(x), mean, rstd, gamma, beta, *_stored(out))
+        if add is not None:
+            self.add(out, add, out)
+        if slope == 0:
+            self.relu(out, out)
+        elif slope != 1:
+            self.activate("leaky_relu", out, out, slope)
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
         if _per_channel(x, mean, rstd, sum_dy, sum_dy_xhat):
-            self._kernels.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
-        else:
-            self._kernels.normalize_grad_of(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+            masked = () if y is None else (*_stored(y), slope)
+            self._kernels.normalize_grad(*_stored(dy, x), mean, rstd, sum_dy, sum_dy_xhat, *masked)
+            return
+        if y is not None:
+            self.activation_grad(dy, y, slope)
+        self._kernels.normalize_grad_of(*_stored(dy, x), mean, rstd, sum_dy, sum_dy_xhat)
 
     def normalize_dx(
         self,
@@ -164,41 +201,41 @@ class Native(Reference):
         out: Floats,
     ) -> None:
         if _per_channel(x, mean, rstd, gamma, mean_g, mean_g_xhat):
-            self._kernels.normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
+            self._kernels.normalize_dx(*_stored(dy, x), mean, rstd, gamma, mean_g, mean_g_xhat, *_stored(out))
         else:
-            self._kernels.normalize_dx_by(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
+            self._kernels.normalize_dx_by(*_stored(dy, x), mean, rstd, gamma, mean_g, mean_g_xhat, *_stored(out))
 
     def softmax(self, x: Floats, out: Floats) -> None:
-        self._kernels.softmax(x, out)
+        self._kernels.softmax(*_stored(x, out))
 
     def softmax_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
-        self._kernels.softmax_dx(dy, y, out)
+        self._kernels.softmax_dx(*_stored(dy, y, out))
 
     def cross_entropy(
         self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
     ) -> None:
-        self._kernels.cross_entropy(logits, labels, weight, smoothing, loss, probability)
+        self._kernels.cross_entropy(*_stored(logits), labels, weight, smoothing, loss, probability)
 
     def cross_entropy_dx(
         self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
     ) -> None:
-        self._kernels.cross_entropy_dx(probability, labels, weight, smoothing, scale, out)
+        self._kernels.cross_entropy_dx(probability, labels, weight, smoothing, scale, *_stored(out))
 
     def label_scores(
         self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
     ) -> None:
-        self._kernels.label_scores(logits, labels, weight, total, correct, count)
+        self._kernels.label_scores(*_stored(logits), labels, weight, total, correct, count)
 
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
-        self._kernels.pointwise_loss(kind, x, target, loss, delta)
+        self._kernels.pointwise_loss(kind, *_stored(x, target), loss, delta)
 
     def pointwise_loss_dx(
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
-        self._kernels.pointwise_loss_dx(kind, x, target, scale, out, delta)
+        self._kernels.pointwise_loss_dx(kind, *_stored(x, target), scale, *_stored(out), delta)
 
     def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
-        self._kernels.agreement(x, target, out)
+        self._kernels.agreement(*_stored(x, target), out)
 
     def sgd_update(
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
@@ -232,8 +269,13 @@ class Native(Reference):
 
 
 def _per_channel(x: Array, *vectors: Array) -> bool:
-    """Whether each of these holds one number per channel of x, as in batch normalization."""
+    """Whether each vector holds one number per channel of x, as in batch normalization."""
     return all(vector.shape == x.shape[-1:] for vector in vectors)
+
+
+def _stored(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays as the kernels take them: bf16, which NumPy does not know, as the uint16 that hold its bits."""
+    return tuple(a.view(np.uint16) if isinstance(a, np.ndarray) and a.dtype == BF16 else a for a in arrays)
 
 
 def _import_kernels() -> Any:

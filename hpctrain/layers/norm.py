@@ -197,7 +197,7 @@ class LayerNormOp:
         sums = self.sums if self.comm is None else gather(self.comm, self.sums).sum(axis=0)
         if dy.size:
             np.divide(sums, self.count, out=sums)
-            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, gamma, *sums, into)
+            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, gamma, sums[0], sums[1], into)
 
 
 def scale_and_offset(shape: Shape, axes: tuple[str | tuple[str, ...] | None, ...]) -> dict[str, Weight]:

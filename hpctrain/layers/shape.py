@@ -126,7 +126,7 @@ class ReshapeOp:
 
     def __init__(self, place: Place, shape: Shape) -> None:
         x, self.extents = place.shapes[0], extent(place.output)
-        self.packed = np.empty(0, place.dtype)
+        self.packed: Array | None = None
         self.joined: list[int] = []
         """Per group, how many numbers its box of the input holds."""
         self.starts: list[int] = []
@@ -153,7 +153,7 @@ class ReshapeOp:
         """`x`, or where that is not contiguous, a contiguous array of its shape, made once."""
         if x.flags.c_contiguous:
             return x
-        if self.packed.shape != x.shape:
+        if self.packed is None:
             self.packed = np.empty(x.shape, x.dtype)
         return self.packed
 

@@ -116,7 +116,13 @@ class ConvTranspose(Grouped):
 
     def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
         kernel = each(self.kernel, len(output) - 2, "kernel")
-        spaces = zip(kernel, each(self.stride, len(kernel), "stride"), each(self.dilation, len(kernel), "dilation"), x[0][1:-1], strict=True)
+        spaces = zip(
+            kernel,
+            each(self.stride, len(kernel), "stride"),
+            each(self.dilation, len(kernel), "dilation"),
+            x[0][1:-1],
+            strict=True,
+        )
         reached = prod((n - 1) * s + d * (k - 1) + 1 if n else 0 for k, s, d, n in spaces)
         return itemsize * output[-1] * (x[0][0] * reached + prod(kernel) * x[0][-1] // self.groups)
 
@@ -152,7 +158,7 @@ class ConvTransposeOp:
         self.inside, self.outside = (slice(None), *inside), (slice(None), *outside)
 
         filters = [run.filters.stop - run.filters.start for run in self.runs]
-        self.room = place.backend.empty((prod(self.reached) * max(filters, default=0),), self.dtype)
+        self.room = place.backend.empty((prod(self.reached) * max(filters, default=0) if self.any else 0,), self.dtype)
         """What the inputs reach, of one run's filters at a time."""
         *kernel, channels, _ = extent(place.weights["weight"])
         self.kernels = [

@@ -11,14 +11,14 @@ constexpr Index TILE = 64;  // channels whose sums are kept at a time
 template <class S>
 HPCTRAIN_INLINE void add_scaled(Index n, double factor, const S* x, double* sum) {
 #pragma GCC ivdep
-    for (Index c = 0; c < n; ++c) sum[c] += factor * double(x[c]);
+    for (Index c = 0; c < n; ++c) sum[c] += factor * wide(x[c]);
 }
 
 // sum[c] += x[c] / divisor[c]
 template <class S, class A>
 HPCTRAIN_INLINE void add_divided(Index n, const S* x, const A* divisor, double* sum) {
 #pragma GCC ivdep
-    for (Index c = 0; c < n; ++c) sum[c] += double(x[c]) / double(divisor[c]);
+    for (Index c = 0; c < n; ++c) sum[c] += wide(x[c]) / wide(divisor[c]);
 }
 
 struct Span {
@@ -49,10 +49,10 @@ HPCTRAIN_CLONES void pool_line(const AveragePool& p, const S* x, S* out, const A
             S* to = out + o * p.y[3] + first;
             const A* by = divisor + o * p.divisor[3];
             if (p.divisor[4] == 0) {
-                const double inverse = 1 / double(*by);
-                for (Index c = 0; c < n; ++c) to[c] = S(sum[c] * inverse);
+                const double inverse = 1 / wide(*by);
+                for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c] * inverse);
             } else {
-                for (Index c = 0; c < n; ++c) to[c] = S(sum[c] / double(by[(first + c) * p.divisor[4]]));
+                for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c] / wide(by[(first + c) * p.divisor[4]]));
             }
         }
     }
@@ -76,7 +76,7 @@ HPCTRAIN_CLONES void gradient_line(const AveragePool& p, Index depth, Index heig
                         const S* from = dy + d * p.y[1] + h * p.y[2] + w * p.y[3] + first;
                         const A* by = divisor + d * p.divisor[1] + h * p.divisor[2] + w * p.divisor[3];
                         if (p.divisor[4] == 0) {
-                            add_scaled(n, 1 / double(*by), from, sum);
+                            add_scaled(n, 1 / wide(*by), from, sum);
                         } else {
                             add_divided(n, from, by + first, sum);
                         }
@@ -84,15 +84,17 @@ HPCTRAIN_CLONES void gradient_line(const AveragePool& p, Index depth, Index heig
                 }
             }
             S* to = out + i * p.x[3] + first;
-            for (Index c = 0; c < n; ++c) to[c] = S(sum[c]);
+            for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c]);
         }
     }
 }
 
-// Calls work(sample, depth, height) for all lines along the width of tensors of these extents.
+// Calls work(sample, depth, height) for all lines along the width of tensors of these extents, each of which takes so
+// many elements.
 template <class Work>
-void by_lines(Index samples, const std::array<Index, 3>& extent, Work work) {
-    in_parallel(extent[2] == 0 ? 0 : samples * extent[0] * extent[1], [&](Index line) {
+void by_lines(Index samples, const std::array<Index, 3>& extent, Index work_per_line, Work work) {
+    const Index lines = extent[2] == 0 ? 0 : samples * extent[0] * extent[1];
+    in_tasks(lines, lines * work_per_line, [&](Index line) {
         const Index plane = line / extent[1];
         work(plane / extent[0], plane % extent[0], line % extent[1]);
     });
@@ -100,27 +102,28 @@ void by_lines(Index samples, const std::array<Index, 3>& extent, Work work) {
 
 }  // namespace
 
-template <class S, class A>
-void avg_pool(const AveragePool& p, const S* x, S* out, const A* divisor) {
-    by_lines(p.samples, p.output, [&](Index n, Index d, Index h) {
+template <class S>
+void avg_pool(const AveragePool& p, const S* x, S* out, const Real<S>* divisor) {
+    by_lines(p.samples, p.output, p.input[2] * p.channels, [&](Index n, Index d, Index h) {
         pool_line(p, x + n * p.x[0] + d * p.stride[0] * p.x[1] + h * p.stride[1] * p.x[2],
                   out + n * p.y[0] + d * p.y[1] + h * p.y[2],
                   divisor + n * p.divisor[0] + d * p.divisor[1] + h * p.divisor[2]);
     });
 }
 
-template <class S, class A>
-void avg_pool_dx(const AveragePool& p, const S* dy, S* out, const A* divisor) {
-    by_lines(p.samples, p.input, [&](Index n, Index d, Index h) {
+template <class S>
+void avg_pool_dx(const AveragePool& p, const S* dy, S* out, const Real<S>* divisor) {
+    by_lines(p.samples, p.input, p.input[2] * p.channels, [&](Index n, Index d, Index h) {
         gradient_line(p, d, h, dy + n * p.y[0], out + n * p.x[0] + d * p.x[1] + h * p.x[2],
                       divisor + n * p.divisor[0]);
     });
 }
 
-#define HPCTRAIN_FOR(S, A)                                                           \
-    template void avg_pool<S, A>(const AveragePool&, const S*, S*, const A*); \
-    template void avg_pool_dx<S, A>(const AveragePool&, const S*, S*, const A*);
-HPCTRAIN_FOR(float, float)
-HPCTRAIN_FOR(double, double)
+#define HPCTRAIN_FOR(S)                                                           \
+    template void avg_pool<S>(const AveragePool&, const S*, S*, const Real<S>*); \
+    template void avg_pool_dx<S>(const AveragePool&, const S*, S*, const Real<S>*);
+HPCTRAIN_FOR(float)
+HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

@@ -26,11 +26,11 @@ HPCTRAIN_CLONES double cost(Index rows, Index classes, const S* x, Index x_step,
     for (Index r = 0; r < rows; ++r) base[r] = log_positive(total[r]);
     for (Index r = 0; r < rows; ++r, x += x_step) {
         if (label[r] < 0 || label[r] >= classes) continue;
-        const double largest = top[r], at_label = double(x[label[r]]) - largest;
-        double term = (1 - smoothing) * double(weight[label[r]]) * (base[r] - at_label);
+        const double largest = top[r], at_label = wide(x[label[r]]) - largest;
+        double term = (1 - smoothing) * wide(weight[label[r]]) * (base[r] - at_label);
         if (smoothing != 0) {  // 0 times the infinity of a class that a logit of -inf excludes would be NaN
             const double shifted =
-                sum_of(classes, [=](Index k) { return (double(x[k]) - largest) * double(weight[k]); });
+                sum_of(classes, [=](Index k) { return (wide(x[k]) - largest) * wide(weight[k]); });
             term += smoothing / double(classes) * (base[r] * all_weights - shifted);
         }
         sum += term;
@@ -44,21 +44,21 @@ HPCTRAIN_CLONES void gradient(Index rows, Index classes, const A* p, Index p_ste
     const double share = smoothing / double(classes);
     for (Index r = 0; r < rows; ++r, p += p_step, out += out_step) {
         if (label[r] < 0 || label[r] >= classes) {
-            for (Index k = 0; k < classes; ++k) out[k] = S(0);
+            for (Index k = 0; k < classes; ++k) out[k] = narrow<S>(0);
             continue;
         }
-        const double at_label = double(weight[label[r]]), hit = (1 - smoothing) * at_label;
+        const double at_label = wide(weight[label[r]]), hit = (1 - smoothing) * at_label;
         const double factor = scale * (hit + share * all_weights);
-        const double whole = factor * double(p[label[r]]) - scale * (hit + share * at_label);
+        const double whole = factor * wide(p[label[r]]) - scale * (hit + share * at_label);
         if (smoothing != 0) {
 #pragma GCC ivdep
             for (Index k = 0; k < classes; ++k)
-                out[k] = S(factor * double(p[k]) - scale * share * double(weight[k]));
+                out[k] = narrow<S>(factor * wide(p[k]) - scale * share * wide(weight[k]));
         } else {
 #pragma GCC ivdep
-            for (Index k = 0; k < classes; ++k) out[k] = S(factor * double(p[k]));
+            for (Index k = 0; k < classes; ++k) out[k] = narrow<S>(factor * wide(p[k]));
         }
-        out[label[r]] = S(whole);
+        out[label[r]] = narrow<S>(whole);
     }
 }
 
@@ -67,7 +67,7 @@ template <class S>
 Index largest(Index classes, const S* x) {
     Index found = 0;
     for (Index k = 1; k < classes; ++k) {
-        const double value = double(x[k]), best = double(x[found]);
+        const double value = wide(x[k]), best = wide(x[found]);
         if (value > best || (value != value && best == best)) found = k;
     }
     return found;
@@ -78,7 +78,7 @@ template <int N, class Work>
 void by_rows(const Samples<N>& samples, Index classes, const Labels& labels, Work work) {
     const Index size = samples.inside.size(), chunk = std::max<Index>(1, TASK / std::max<Index>(1, classes));
     const Index each = parts(size, chunk);
-    in_parallel(samples.count * each, [&](Index task) {
+    in_tasks(samples.count * each, samples.count * size * classes, [&](Index task) {
         const Index sample = task / each, part = task % each;
         by_span(samples.inside, part * chunk, std::min(size, (part + 1) * chunk), [&](Index count, auto at) {
             const auto& step = samples.inside.stride[size_t(samples.inside.dims - 1)];
@@ -102,7 +102,7 @@ Index parts_of(const Samples<N>& samples, Index classes) {
 template <class A>
 double sum_all(Index n, const A* values) {
     double sum = 0;
-    for (Index i = 0; i < n; ++i) sum += double(values[i]);
+    for (Index i = 0; i < n; ++i) sum += wide(values[i]);
     return sum;
 }
 
@@ -129,9 +129,9 @@ void Labels::read(Index count, Index offset, Index step, Index* to) const {
     }
 }
 
-template <class S, class A>
-void cross_entropy(const Samples<3>& samples, Index classes, const S* logits, const Labels& labels, const A* weight,
-                   double smoothing, A* loss, Index loss_step, A* probability) {
+template <class S>
+void cross_entropy(const Samples<3>& samples, Index classes, const S* logits, const Labels& labels, const Real<S>* weight,
+                   double smoothing, Real<S>* loss, Index loss_step, Real<S>* probability) {
     const Index each = classes == 0 ? 0 : parts_of(samples, classes);
     std::vector<double> sums(size_t(samples.count * each), 0.0);
     const double all = sum_all(classes, weight);
@@ -149,23 +149,23 @@ void cross_entropy(const Samples<3>& samples, Index classes, const S* logits, co
     for (Index n = 0; n < samples.count; ++n) {
         double sum = 0;
         for (Index part = 0; part < each; ++part) sum += sums[size_t(n * each + part)];
-        loss[n * loss_step] = A(sum);
+        loss[n * loss_step] = narrow<Real<S>>(sum);
     }
 }
 
-template <class S, class A>
-void cross_entropy_dx(const Samples<3>& samples, Index classes, const A* probability, const Labels& labels,
-                      const A* weight, double smoothing, const A* scale, Index scale_step, S* out) {
+template <class S>
+void cross_entropy_dx(const Samples<3>& samples, Index classes, const Real<S>* probability, const Labels& labels,
+                      const Real<S>* weight, double smoothing, const Real<S>* scale, Index scale_step, S* out) {
     const double all = sum_all(classes, weight);
     by_rows(samples, classes, labels, [&](Index n, Index, Index rows, auto& at, auto& step, const Index* label) {
         gradient(rows, classes, probability + at[0], step[0], label, weight, all, smoothing,
-                 double(scale[n * scale_step]), out + at[2], step[2]);
+                 wide(scale[n * scale_step]), out + at[2], step[2]);
     });
 }
 
-template <class S, class A>
-void label_scores(const Samples<2>& samples, Index classes, const S* logits, const Labels& labels, const A* weight,
-                  A* const (&scores)[3], const Index (&steps)[3]) {
+template <class S>
+void label_scores(const Samples<2>& samples, Index classes, const S* logits, const Labels& labels, const Real<S>* weight,
+                  Real<S>* const (&scores)[3], const Index (&steps)[3]) {
     const Index each = parts_of(samples, classes);
     struct Sums {
         double of[3] = {};
@@ -176,7 +176,7 @@ void label_scores(const Samples<2>& samples, Index classes, const S* logits, con
         const S* x = logits + at[0];
         for (Index r = 0; r < rows; ++r, x += step[0]) {
             if (!counts(label[r], classes)) continue;
-            sum[0] += double(weight[label[r]]);
+            sum[0] += wide(weight[label[r]]);
             sum[1] += largest(classes, x) == label[r];
             sum[2] += 1;
         }
@@ -186,18 +186,19 @@ void label_scores(const Samples<2>& samples, Index classes, const S* logits, con
         for (Index part = 0; part < each; ++part) {
             for (int i = 0; i < 3; ++i) total.of[i] += sums[size_t(n * each + part)].of[i];
         }
-        for (int i = 0; i < 3; ++i) scores[i][n * steps[i]] = A(total.of[i]);
+        for (int i = 0; i < 3; ++i) scores[i][n * steps[i]] = narrow<Real<S>>(total.of[i]);
     }
 }
 
-#define HPCTRAIN_FOR(S, A)                                                                                           \
-    template void cross_entropy<S, A>(const Samples<3>&, Index, const S*, const Labels&, const A*, double, A*, Index, \
-                                      A*);                                                                           \
-    template void cross_entropy_dx<S, A>(const Samples<3>&, Index, const A*, const Labels&, const A*, double,        \
-                                         const A*, Index, S*);                                                       \
-    template void label_scores<S, A>(const Samples<2>&, Index, const S*, const Labels&, const A*, A* const(&)[3],    \
+#define HPCTRAIN_FOR(S)                                                                                           \
+    template void cross_entropy<S>(const Samples<3>&, Index, const S*, const Labels&, const Real<S>*, double, Real<S>*, Index, \
+                                      Real<S>*);                                                                           \
+    template void cross_entropy_dx<S>(const Samples<3>&, Index, const Real<S>*, const Labels&, const Real<S>*, double,        \
+                                         const Real<S>*, Index, S*);                                                       \
+    template void label_scores<S>(const Samples<2>&, Index, const S*, const Labels&, const Real<S>*, Real<S>* const(&)[3],    \
                                      const Index(&)[3]);
-HPCTRAIN_FOR(float, float)
-HPCTRAIN_FOR(double, double)
+HPCTRAIN_FOR(float)
+HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

@@ -1,5 +1,5 @@
-// Softmax and losses. S is the type that predictions are stored in, A that of targets' weights, losses and
-// probabilities: float or double. Same meaning, argument order and names as hpctrain/backends/base.py.
+// Softmax and losses. S is the type that predictions are stored in; weights, losses and probabilities are
+// Real<S>. Same meaning, argument order and names as hpctrain/backends/base.py.
 #pragma once
 
 #include <cstdint>
@@ -35,27 +35,27 @@ void softmax_dx(const Layout<3>& rows, Index classes, const S* dy, const S* y, S
 
 // --- cross_entropy.cpp: layouts of logits, labels and probability; of probability, labels and out ---
 
-template <class S, class A>
-void cross_entropy(const Samples<3>& rows, Index classes, const S* logits, const Labels& labels, const A* weight,
-                   double smoothing, A* loss, Index loss_step, A* probability);
-template <class S, class A>
-void cross_entropy_dx(const Samples<3>& rows, Index classes, const A* probability, const Labels& labels,
-                      const A* weight, double smoothing, const A* scale, Index scale_step, S* out);
+template <class S>
+void cross_entropy(const Samples<3>& rows, Index classes, const S* logits, const Labels& labels, const Real<S>* weight,
+                   double smoothing, Real<S>* loss, Index loss_step, Real<S>* probability);
+template <class S>
+void cross_entropy_dx(const Samples<3>& rows, Index classes, const Real<S>* probability, const Labels& labels,
+                      const Real<S>* weight, double smoothing, const Real<S>* scale, Index scale_step, S* out);
 // Per sample three numbers, `step` apart: the weight of what counts, how often the largest logit is the label's, and
 // how much counts.
-template <class S, class A>
-void label_scores(const Samples<2>& rows, Index classes, const S* logits, const Labels& labels, const A* weight,
-                  A* const (&scores)[3], const Index (&steps)[3]);
+template <class S>
+void label_scores(const Samples<2>& rows, Index classes, const S* logits, const Labels& labels, const Real<S>* weight,
+                  Real<S>* const (&scores)[3], const Index (&steps)[3]);
 
 // --- pointwise.cpp: layouts of x and target; of x, target and out ---
 
 enum class Loss { squared, absolute, huber, logistic, agreement };
 
-template <class S, class A>
-void pointwise_loss(Loss kind, const Samples<2>& elements, const S* x, const S* target, A* loss, Index loss_step,
+template <class S>
+void pointwise_loss(Loss kind, const Samples<2>& elements, const S* x, const S* target, Real<S>* loss, Index loss_step,
                     double delta);
-template <class S, class A>
-void pointwise_loss_dx(Loss kind, const Samples<3>& elements, const S* x, const S* target, const A* scale,
+template <class S>
+void pointwise_loss_dx(Loss kind, const Samples<3>& elements, const S* x, const S* target, const Real<S>* scale,
                        Index scale_step, S* out, double delta);
 
 }  // namespace hpctrain

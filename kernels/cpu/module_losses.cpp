@@ -76,8 +76,9 @@ auto samples_of_elements(const char* name, const X& x, const More&... more) {
     return found;
 }
 
-template <class S, class A>
+template <class S>
 void define(nb::module_& m) {
+    using A = Real<S>;
     using I = const In<S>&;
     using O = const Out<S>&;
     using NumbersIn = const In<A>&;
@@ -108,7 +109,7 @@ void define(nb::module_& m) {
             require_labels(name, logits, labels);
             positions(name, 0, logits), positions(name, 0, probability), layout_of(name, 0, 0, logits, probability);
             const Index step = per_sample(name, logits, loss), classes = channels(name, logits, weight);
-            cross_entropy<S, A>(samples_of_rows(name, logits, labels, probability), classes, logits.data(), of,
+            cross_entropy<S>(samples_of_rows(name, logits, labels, probability), classes, logits.data(), of,
                                 weight.data(), smoothing, loss.data(), step, probability.data());
         },
         arg("logits"), arg("labels"), arg("weight"), arg("smoothing"), arg("loss"), arg("probability"));
@@ -121,7 +122,7 @@ void define(nb::module_& m) {
             require_labels(name, probability, labels);
             positions(name, 0, probability), positions(name, 0, out), layout_of(name, 0, 0, probability, out);
             const Index step = per_sample(name, out, scale), classes = channels(name, out, weight);
-            cross_entropy_dx<S, A>(samples_of_rows(name, probability, labels, out), classes, probability.data(), of,
+            cross_entropy_dx<S>(samples_of_rows(name, probability, labels, out), classes, probability.data(), of,
                                    weight.data(), smoothing, scale.data(), step, out.data());
         },
         arg("probability"), arg("labels"), arg("weight"), arg("smoothing"), arg("scale"), arg("out"));
@@ -136,7 +137,7 @@ void define(nb::module_& m) {
             const Index steps[] = {per_sample(name, logits, total), per_sample(name, logits, correct),
                                    per_sample(name, logits, count)};
             A* const scores[] = {total.data(), correct.data(), count.data()};
-            label_scores<S, A>(samples_of_rows(name, logits, labels), channels(name, logits, weight), logits.data(), of,
+            label_scores<S>(samples_of_rows(name, logits, labels), channels(name, logits, weight), logits.data(), of,
                                weight.data(), scores, steps);
         },
         arg("logits"), arg("labels"), arg("weight"), arg("total"), arg("correct"), arg("count"));
@@ -147,7 +148,7 @@ void define(nb::module_& m) {
             const char* name = "pointwise_loss";
             const Loss f = loss_of(name, kind);
             const auto elements = samples_of_elements(name, x, target);
-            pointwise_loss<S, A>(f, elements, x.data(), target.data(), loss.data(), per_sample(name, x, loss), delta);
+            pointwise_loss<S>(f, elements, x.data(), target.data(), loss.data(), per_sample(name, x, loss), delta);
         },
         arg("kind"), arg("x"), arg("target"), arg("loss"), arg("delta"));
 
@@ -157,7 +158,7 @@ void define(nb::module_& m) {
             const char* name = "pointwise_loss_dx";
             const Loss f = loss_of(name, kind);
             const auto elements = samples_of_elements(name, x, target, out);
-            pointwise_loss_dx<S, A>(f, elements, x.data(), target.data(), scale.data(), per_sample(name, x, scale),
+            pointwise_loss_dx<S>(f, elements, x.data(), target.data(), scale.data(), per_sample(name, x, scale),
                                     out.data(), delta);
         },
         arg("kind"), arg("x"), arg("target"), arg("scale"), arg("out"), arg("delta"));
@@ -166,7 +167,7 @@ void define(nb::module_& m) {
         m, "agreement",
         [](I x, I target, NumbersOut out) {
             const auto elements = samples_of_elements("agreement", x, target);
-            pointwise_loss<S, A>(Loss::agreement, elements, x.data(), target.data(), out.data(),
+            pointwise_loss<S>(Loss::agreement, elements, x.data(), target.data(), out.data(),
                                  per_sample("agreement", x, out), 0);
         },
         arg("x"), arg("target"), arg("out"));
@@ -175,8 +176,9 @@ void define(nb::module_& m) {
 }  // namespace
 
 void define_losses(nb::module_& m) {
-    define<float, float>(m);
-    define<double, double>(m);
+    define<float>(m);
+    define<double>(m);
+    define<bf16>(m);
     for (const char* name : {"softmax", "softmax_dx", "cross_entropy", "cross_entropy_dx", "label_scores",
                              "pointwise_loss", "pointwise_loss_dx", "agreement"}) {
         refuse_others(m, name,

@@ -191,8 +191,9 @@ bool by_sample(const X& x, const A& statistics, const G& gamma) {
     return found && x.ndim() > 1 && (x.shape(last) == 1 || statistics.stride(last) == 1);
 }
 
-template <class S, class A>
+template <class S>
 void define(nb::module_& m) {
+    using A = Real<S>;
     using I = const In<S>&;
     using O = const Out<S>&;
     using NumbersIn = const In<A>&;
@@ -204,7 +205,7 @@ void define(nb::module_& m) {
         m, "avg_pool",
         [](I x, O out, NumbersIn divisor, const Numbers& kernel, const Numbers& stride) {
             const AveragePool p = average_pool("avg_pool", x, out, divisor, kernel, stride);
-            avg_pool<S, A>(p, x.data(), out.data(), divisor.data());
+            avg_pool<S>(p, x.data(), out.data(), divisor.data());
         },
         arg("x"), arg("out"), arg("divisor"), arg("kernel"), arg("stride"));
 
@@ -212,7 +213,7 @@ void define(nb::module_& m) {
         m, "avg_pool_dx",
         [](I dy, O out, NumbersIn divisor, const Numbers& kernel, const Numbers& stride) {
             const AveragePool p = average_pool("avg_pool_dx", out, dy, divisor, kernel, stride);
-            avg_pool_dx<S, A>(p, dy.data(), out.data(), divisor.data());
+            avg_pool_dx<S>(p, dy.data(), out.data(), divisor.data());
         },
         arg("dy"), arg("out"), arg("divisor"), arg("kernel"), arg("stride"));
 
@@ -253,13 +254,13 @@ void define(nb::module_& m) {
             const Index n = Index(x.shape(x.ndim() - 1));
             const bool statistic = has_last(name, x, s), each = has_last(name, x, g);
             if (by_sample(x, mean, gamma)) {
-                const auto rows = positions(name, 1, x, out);
-                return in_parallel(Index(x.shape(0)), [&](Index i) {
+                const auto rows = positions(name, 1, x, x, out);
+                return in_tasks(Index(x.shape(0)), Index(x.size()), [&](Index i) {
                     normalize_channels<S>(rows, n, x.data() + i * x.stride(0), mean.data() + i * s[0], rstd.data() + i * s[0],
                                  gamma.data(), beta.data(), out.data() + i * out.stride(0));
                 });
             }
-            normalize_by<S, A>(rows_of<4>(x, {strides_of(x), strides_of(out), s, g}), n, statistic, each, x.data(),
+            normalize_by<S>(rows_of<4>(x, {strides_of(x), strides_of(out), s, g}), n, statistic, each, x.data(),
                                mean.data(), rstd.data(), gamma.data(), beta.data(), out.data());
         },
         arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("beta"), arg("out"));
@@ -286,7 +287,7 @@ void define(nb::module_& m) {
             const bool statistic = has_last(name, x, s), each = has_last(name, x, g), means = has_last(name, x, p);
             if (by_sample(x, mean, gamma) && by_sample(x, mean_g, gamma)) {
                 const auto rows = positions(name, 1, dy, x, out);
-                return in_parallel(Index(x.shape(0)), [&](Index i) {
+                return in_tasks(Index(x.shape(0)), Index(x.size()), [&](Index i) {
                     normalize_dx_channels<S>(rows, n, dy.data() + i * dy.stride(0), x.data() + i * x.stride(0),
                                     mean.data() + i * s[0], rstd.data() + i * s[0], gamma.data(),
                                     mean_g.data() + i * p[0], mean_g_xhat.data() + i * p[0],
@@ -294,7 +295,7 @@ void define(nb::module_& m) {
                 });
             }
             const auto rows = rows_of<6>(x, {strides_of(dy), strides_of(x), strides_of(out), s, g, p});
-            normalize_dx_by<S, A>(rows, n, statistic, each, means, dy.data(), x.data(), mean.data(), rstd.data(),
+            normalize_dx_by<S>(rows, n, statistic, each, means, dy.data(), x.data(), mean.data(), rstd.data(),
                                   gamma.data(), mean_g.data(), mean_g_xhat.data(), out.data());
         },
         arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("mean_g"), arg("mean_g_xhat"), arg("out"));
@@ -303,8 +304,9 @@ void define(nb::module_& m) {
 }  // namespace
 
 void define_positions(nb::module_& m) {
-    define<float, float>(m);
-    define<double, double>(m);
+    define<float>(m);
+    define<double>(m);
+    define<bf16>(m);
     for (const char* name : {"avg_pool", "avg_pool_dx", "resample", "resample_dx", "moments_of", "normalize_by",
                              "normalize_grad_of", "normalize_dx_by"}) {
         refuse_others(m, name,

@@ -10,7 +10,7 @@ constexpr Index TASK = 1 << 14;  // elements that a thread takes at a time
 // values[i] of a row, or its one value.
 template <bool EACH, class A>
 HPCTRAIN_INLINE double pick(const A* values, Index i) {
-    return double(values[EACH ? i : 0]);
+    return wide(values[EACH ? i : 0]);
 }
 
 template <bool SE, bool GE, class S, class A>
@@ -19,8 +19,8 @@ HPCTRAIN_CLONES void forward(Index rows, Index n, const std::array<Index, 4>& st
     for (Index r = 0; r < rows; ++r) {
 #pragma GCC ivdep
         for (Index i = 0; i < n; ++i) {
-            const double xhat = (double(x[i]) - pick<SE>(mean, i)) * pick<SE>(rstd, i);
-            out[i] = S(xhat * pick<GE>(gamma, i) + pick<GE>(beta, i));
+            const double xhat = (wide(x[i]) - pick<SE>(mean, i)) * pick<SE>(rstd, i);
+            out[i] = narrow<S>(xhat * pick<GE>(gamma, i) + pick<GE>(beta, i));
         }
         x += step[0], out += step[1], mean += step[2], rstd += step[2], gamma += step[3], beta += step[3];
     }
@@ -33,9 +33,9 @@ HPCTRAIN_CLONES void backward(Index rows, Index n, const std::array<Index, 6>& s
     for (Index r = 0; r < rows; ++r) {
 #pragma GCC ivdep
         for (Index i = 0; i < n; ++i) {
-            const double xhat = (double(x[i]) - pick<SE>(mean, i)) * pick<SE>(rstd, i);
-            const double g = pick<GE>(gamma, i) * double(dy[i]);
-            out[i] = S(pick<SE>(rstd, i) * (g - pick<ME>(mean_g, i) - xhat * pick<ME>(mean_g_xhat, i)));
+            const double xhat = (wide(x[i]) - pick<SE>(mean, i)) * pick<SE>(rstd, i);
+            const double g = pick<GE>(gamma, i) * wide(dy[i]);
+            out[i] = narrow<S>(pick<SE>(rstd, i) * (g - pick<ME>(mean_g, i) - xhat * pick<ME>(mean_g_xhat, i)));
         }
         dy += step[0], x += step[1], out += step[2], mean += step[3], rstd += step[3], gamma += step[4];
         mean_g += step[5], mean_g_xhat += step[5];
@@ -46,7 +46,7 @@ HPCTRAIN_CLONES void backward(Index rows, Index n, const std::array<Index, 6>& s
 template <int N, class Work>
 void by_rows(const Layout<N>& layout, Index n, Work work) {
     const Index size = n == 0 ? 0 : layout.size(), chunk = std::max<Index>(1, TASK / std::max<Index>(1, n));
-    in_parallel(parts(size, chunk), [&](Index task) {
+    in_tasks(parts(size, chunk), size * n, [&](Index task) {
         by_span(layout, task * chunk, std::min(size, (task + 1) * chunk), [&](Index rows, auto& at) {
             work(rows, at, layout.stride[size_t(layout.dims - 1)]);
         });
@@ -60,9 +60,9 @@ void choose(bool flag, Work work) {
 
 }  // namespace
 
-template <class S, class A>
+template <class S>
 void normalize_by(const Layout<4>& layout, Index n, bool each_statistic, bool each_gamma, const S* x,
-                  const double* mean, const double* rstd, const A* gamma, const A* beta, S* out) {
+                  const double* mean, const double* rstd, const Real<S>* gamma, const Real<S>* beta, S* out) {
     choose(each_statistic, [&](auto s) {
         choose(each_gamma, [&](auto g) {
             by_rows(layout, n, [&](Index rows, auto& at, auto& step) {
@@ -73,9 +73,9 @@ void normalize_by(const Layout<4>& layout, Index n, bool each_statistic, bool ea
     });
 }
 
-template <class S, class A>
+template <class S>
 void normalize_dx_by(const Layout<6>& layout, Index n, bool each_statistic, bool each_gamma, bool each_mean,
-                     const S* dy, const S* x, const double* mean, const double* rstd, const A* gamma,
+                     const S* dy, const S* x, const double* mean, const double* rstd, const Real<S>* gamma,
                      const double* mean_g, const double* mean_g_xhat, S* out) {
     choose(each_statistic, [&](auto s) {
         choose(each_gamma, [&](auto g) {
@@ -90,12 +90,13 @@ void normalize_dx_by(const Layout<6>& layout, Index n, bool each_statistic, bool
     });
 }
 
-#define HPCTRAIN_FOR(S, A)                                                                                           \
-    template void normalize_by<S, A>(const Layout<4>&, Index, bool, bool, const S*, const double*, const double*,    \
-                                     const A*, const A*, S*);                                                        \
-    template void normalize_dx_by<S, A>(const Layout<6>&, Index, bool, bool, bool, const S*, const S*, const double*, \
-                                        const double*, const A*, const double*, const double*, S*);
-HPCTRAIN_FOR(float, float)
-HPCTRAIN_FOR(double, double)
+#define HPCTRAIN_FOR(S)                                                                                           \
+    template void normalize_by<S>(const Layout<4>&, Index, bool, bool, const S*, const double*, const double*,    \
+                                     const Real<S>*, const Real<S>*, S*);                                                        \
+    template void normalize_dx_by<S>(const Layout<6>&, Index, bool, bool, bool, const S*, const S*, const double*, \
+                                        const double*, const Real<S>*, const double*, const double*, S*);
+HPCTRAIN_FOR(float)
+HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

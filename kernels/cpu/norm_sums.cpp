@@ -39,20 +39,20 @@ struct TwoSums {
 
 template <class S>
 HPCTRAIN_CLONES Moments moments_block(Index n, const S* x) {
-    const double sum = sum_of(n, [=](Index i) { return double(x[i]); }), mean = sum / double(n);
-    return {double(n), sum, sum_of(n, [=](Index i) { return (double(x[i]) - mean) * (double(x[i]) - mean); })};
+    const double sum = sum_of(n, [=](Index i) { return wide(x[i]); }), mean = sum / double(n);
+    return {double(n), sum, sum_of(n, [=](Index i) { return (wide(x[i]) - mean) * (wide(x[i]) - mean); })};
 }
 
 template <class S>
 HPCTRAIN_CLONES TwoSums gradient_block(Index n, const S* dy, const S* x, double mean, double rstd) {
-    return {sum_of(n, [=](Index i) { return double(dy[i]); }),
-            sum_of(n, [=](Index i) { return double(dy[i]) * (double(x[i]) - mean); }) * rstd};
+    return {sum_of(n, [=](Index i) { return wide(dy[i]); }),
+            sum_of(n, [=](Index i) { return wide(dy[i]) * (wide(x[i]) - mean); }) * rstd};
 }
 
 template <class S>
 HPCTRAIN_CLONES TwoSums gradient_block(Index n, const S* dy, const S* x, const double* mean, const double* rstd) {
-    return {sum_of(n, [=](Index i) { return double(dy[i]); }),
-            sum_of(n, [=](Index i) { return double(dy[i]) * ((double(x[i]) - mean[i]) * rstd[i]); })};
+    return {sum_of(n, [=](Index i) { return wide(dy[i]); }),
+            sum_of(n, [=](Index i) { return wide(dy[i]) * ((wide(x[i]) - mean[i]) * rstd[i]); })};
 }
 
 template <class T>
@@ -131,7 +131,7 @@ void by_statistic(const Layout<N>& kept, Index summed, Span span, Store store) {
     const Index size = kept.size(), several = shares(summed);
     if (several == 1) {
         const Index chunk = std::max<Index>(1, TASK / std::max<Index>(1, summed));
-        in_parallel(parts(size, chunk), [&](Index task) {
+        in_tasks(parts(size, chunk), size * summed, [&](Index task) {
             by_span(kept, task * chunk, std::min(size, (task + 1) * chunk), [&](Index count, auto at) {
                 for (Index i = 0; i < count; ++i) {
                     store(span(Index(0), summed, at), at);
@@ -142,7 +142,7 @@ void by_statistic(const Layout<N>& kept, Index summed, Span span, Store store) {
         return;
     }
     std::vector<Value> part(size_t(size * several));
-    in_parallel(size * several, [&](Index task) {
+    in_tasks(size * several, size * summed, [&](Index task) {
         const Index i = task % several;
         by_span(kept, task / several, task / several + 1, [&](Index, auto& at) {
             part[size_t(task)] = span(share_begin(summed, several, i), share_begin(summed, several, i + 1), at);
@@ -162,9 +162,9 @@ HPCTRAIN_CLONES void gradient_rows(Index rows, Index columns, const std::array<I
     for (Index i = 0; i < rows; ++i) {
 #pragma GCC ivdep
         for (Index c = 0; c < columns; ++c) {
-            const double g = double(dy[c]), m = mean[EACH ? c : 0], r = rstd[EACH ? c : 0];
+            const double g = wide(dy[c]), m = mean[EACH ? c : 0], r = rstd[EACH ? c : 0];
             sums[c] += g;
-            sums[c + columns] += g * ((double(x[c]) - m) * r);
+            sums[c + columns] += g * ((wide(x[c]) - m) * r);
         }
         dy += step[0], x += step[1], mean += step[2], rstd += step[2];
     }
@@ -178,7 +178,7 @@ void gradient_columns(const Reduction<3>& over, bool each, const S* dy, const S*
     const Index several = shares(rows * columns / std::max<Index>(1, size)), width = 2 * columns;
     const Index group = std::max<Index>(1, TASK / std::max<Index>(1, rows * columns)) * several;
     std::vector<double> sums(size_t(size * several * width), 0.0);
-    in_parallel(parts(size * several, group), [&](Index chunk) {
+    in_tasks(parts(size * several, group), size * rows * columns, [&](Index chunk) {
         for (Index task = chunk * group; task < std::min(size * several, (chunk + 1) * group); ++task) {
             const Index i = task % several;
             by_span(over.kept, task / several, task / several + 1, [&](Index, auto& from) {
@@ -209,7 +209,7 @@ void gradient_columns(const Reduction<3>& over, bool each, const S* dy, const S*
 template <class S>
 void moments_of(const Reduction<1>& over, const S* x, double* mean, double* m2) {
     if (over.columns > 0) {  // each row of sums is what batch normalization takes
-        in_parallel(over.kept.size(), [&](Index n) {
+        in_tasks(over.kept.size(), over.kept.size() * over.summed.size() * over.columns, [&](Index n) {
             by_span(over.kept, n, n + 1, [&](Index, auto& at) {
                 moments_channels<S>(over.summed, over.columns, x + at[0], mean + at[1], m2 + at[1]);
             });
@@ -238,7 +238,7 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
             rows.append(over.summed.extent[size_t(d)], {step[0], step[1]});
         }
         rows.end_in_rows();
-        return in_parallel(over.kept.size(), [&](Index n) {
+        return in_tasks(over.kept.size(), over.kept.size() * over.summed.size() * over.columns, [&](Index n) {
             by_span(over.kept, n, n + 1, [&](Index, auto& at) {
                 normalize_grad_channels<S>(rows, over.columns, dy + at[0], x + at[1], mean + at[2], rstd + at[2],
                                   sum_dy + at[3], sum_dy_xhat + at[3]);
@@ -262,5 +262,6 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
                                        double*, double*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

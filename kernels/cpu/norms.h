@@ -1,5 +1,5 @@
-// Normalization whose statistics are not one number per channel: they broadcast against x. S is the storage type of
-// tensors, A that of gamma and beta; statistics are double. Same meaning, argument order and names as
+// Normalization whose statistics are not one number per channel: they broadcast against x. S is the type that
+// tensors are stored in, gamma and beta are Real<S>, statistics double. Same meaning, argument order and names as
 // hpctrain/backends/base.py.
 #pragma once
 
@@ -27,18 +27,24 @@ void moments_channels(const Layout<1>& rows, Index channels, const S* x, double*
 template <class S>
 void normalize_grad_channels(const Layout<2>& rows, Index channels, const S* dy, const S* x, const double* mean,
                              const double* rstd, double* sum_dy, double* sum_dy_xhat) {
-    normalize_grad<S>(rows, channels, dy, x, mean, rstd, sum_dy, sum_dy_xhat);
+    Layout<3> same;  // as normalize_grad can change dy
+    for (int d = 0; d < rows.dims; ++d) {
+        const auto& step = rows.stride[size_t(d)];
+        same.append(rows.extent[size_t(d)], {step[0], step[1], step[0]});
+    }
+    same.end_in_rows();
+    normalize_grad<S>(same, channels, const_cast<S*>(dy), x, nullptr, 1, mean, rstd, sum_dy, sum_dy_xhat);
 }
 
-template <class S, class A>
-void normalize_channels(const Layout<2>& rows, Index channels, const S* x, const double* mean, const double* rstd,
-                        const A* gamma, const A* beta, S* out) {
-    normalize<S>(rows, channels, x, mean, rstd, gamma, beta, out);
+template <class S>
+void normalize_channels(const Layout<3>& rows, Index channels, const S* x, const double* mean, const double* rstd,
+                        const Real<S>* gamma, const Real<S>* beta, S* out) {
+    normalize<S>(rows, channels, x, nullptr, mean, rstd, gamma, beta, 1, out);
 }
 
-template <class S, class A>
+template <class S>
 void normalize_dx_channels(const Layout<3>& rows, Index channels, const S* dy, const S* x, const double* mean,
-                           const double* rstd, const A* gamma, const double* mean_g, const double* mean_g_xhat,
+                           const double* rstd, const Real<S>* gamma, const double* mean_g, const double* mean_g_xhat,
                            S* out) {
     normalize_dx<S>(rows, channels, dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out);
 }
@@ -56,12 +62,12 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
 
 // Layouts: x, out, mean and rstd, gamma and beta; dy, x, out, mean and rstd, gamma, both means. The last dim, of `n`
 // contiguous elements, is not in them; `each_*` says which of the statistics, of gamma, of both means have it.
-template <class S, class A>
+template <class S>
 void normalize_by(const Layout<4>& rows, Index n, bool each_statistic, bool each_gamma, const S* x, const double* mean,
-                  const double* rstd, const A* gamma, const A* beta, S* out);
-template <class S, class A>
+                  const double* rstd, const Real<S>* gamma, const Real<S>* beta, S* out);
+template <class S>
 void normalize_dx_by(const Layout<6>& rows, Index n, bool each_statistic, bool each_gamma, bool each_mean, const S* dy,
-                     const S* x, const double* mean, const double* rstd, const A* gamma, const double* mean_g,
+                     const S* x, const double* mean, const double* rstd, const Real<S>* gamma, const double* mean_g,
                      const double* mean_g_xhat, S* out);
 
 }  // namespace hpctrain

@@ -53,13 +53,13 @@ struct Agreement {
 
 template <class F, class S>
 HPCTRAIN_CLONES double value_block(F f, Index n, const S* x, const S* t) {
-    return sum_of(n, [=](Index i) { return f.value(double(x[i]), double(t[i])); });
+    return sum_of(n, [=](Index i) { return f.value(wide(x[i]), wide(t[i])); });
 }
 
 template <class F, class S>
 HPCTRAIN_CLONES void slope_run(F f, double scale, Index n, const S* x, const S* t, S* out) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) out[i] = S(f.slope(double(x[i]), double(t[i])) * scale);
+    for (Index i = 0; i < n; ++i) out[i] = narrow<S>(f.slope(wide(x[i]), wide(t[i])) * scale);
 }
 
 // The sum over elements [begin, end), block by block, whatever the strides are.
@@ -104,13 +104,13 @@ void with(Loss kind, double delta, Work work) {
 
 }  // namespace
 
-template <class S, class A>
-void pointwise_loss(Loss kind, const Samples<2>& samples, const S* x, const S* target, A* loss, Index loss_step,
+template <class S>
+void pointwise_loss(Loss kind, const Samples<2>& samples, const S* x, const S* target, Real<S>* loss, Index loss_step,
                     double delta) {
     const Index size = samples.inside.size(), each = parts(size, TASK);
     std::vector<double> sums(size_t(samples.count * each));
     with(kind, delta, [&](auto f) {
-        in_parallel(samples.count * each, [&](Index task) {
+        in_tasks(samples.count * each, samples.count * size, [&](Index task) {
             const Index n = task / each, begin = task % each * TASK;
             sums[size_t(task)] = value_span(f, samples.inside, begin, std::min(size, begin + TASK),
                                             x + n * samples.step[0], target + n * samples.step[1]);
@@ -119,29 +119,30 @@ void pointwise_loss(Loss kind, const Samples<2>& samples, const S* x, const S* t
     for (Index n = 0; n < samples.count; ++n) {
         double sum = 0;
         for (Index part = 0; part < each; ++part) sum += sums[size_t(n * each + part)];
-        loss[n * loss_step] = A(sum);
+        loss[n * loss_step] = narrow<Real<S>>(sum);
     }
 }
 
-template <class S, class A>
-void pointwise_loss_dx(Loss kind, const Samples<3>& samples, const S* x, const S* target, const A* scale,
+template <class S>
+void pointwise_loss_dx(Loss kind, const Samples<3>& samples, const S* x, const S* target, const Real<S>* scale,
                        Index scale_step, S* out, double delta) {
     const Index size = samples.inside.size(), each = parts(size, TASK);
     with(kind, delta, [&](auto f) {
-        in_parallel(samples.count * each, [&](Index task) {
+        in_tasks(samples.count * each, samples.count * size, [&](Index task) {
             const Index n = task / each, begin = task % each * TASK;
             by_span(samples.inside, begin, std::min(size, begin + TASK), [&](Index count, auto& at) {
-                slope_run(f, double(scale[n * scale_step]), count, x + n * samples.step[0] + at[0],
+                slope_run(f, wide(scale[n * scale_step]), count, x + n * samples.step[0] + at[0],
                           target + n * samples.step[1] + at[1], out + n * samples.step[2] + at[2]);
             });
         });
     });
 }
 
-#define HPCTRAIN_FOR(S, A)                                                                                      \
-    template void pointwise_loss<S, A>(Loss, const Samples<2>&, const S*, const S*, A*, Index, double);        \
-    template void pointwise_loss_dx<S, A>(Loss, const Samples<3>&, const S*, const S*, const A*, Index, S*, double);
-HPCTRAIN_FOR(float, float)
-HPCTRAIN_FOR(double, double)
+#define HPCTRAIN_FOR(S)                                                                                      \
+    template void pointwise_loss<S>(Loss, const Samples<2>&, const S*, const S*, Real<S>*, Index, double);        \
+    template void pointwise_loss_dx<S>(Loss, const Samples<3>&, const S*, const S*, const Real<S>*, Index, S*, double);
+HPCTRAIN_FOR(float)
+HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

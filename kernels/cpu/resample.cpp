@@ -13,10 +13,10 @@ template <class S>
 HPCTRAIN_CLONES void weigh(Index n, Index terms, const Index* offset, const double* weight, const S* x, S* out) {
     if (terms == 1) {
         const S* a = x + offset[0];
-        for (Index i = 0; i < n; ++i) out[i] = S(weight[0] * double(a[i]));
+        for (Index i = 0; i < n; ++i) out[i] = narrow<S>(weight[0] * wide(a[i]));
     } else if (terms == 2) {
         const S *a = x + offset[0], *b = x + offset[1];
-        for (Index i = 0; i < n; ++i) out[i] = S(weight[0] * double(a[i]) + weight[1] * double(b[i]));
+        for (Index i = 0; i < n; ++i) out[i] = narrow<S>(weight[0] * wide(a[i]) + weight[1] * wide(b[i]));
     } else {
         for (Index first = 0; first < n; first += TILE) {
             const Index width = std::min(n - first, TILE);
@@ -24,9 +24,9 @@ HPCTRAIN_CLONES void weigh(Index n, Index terms, const Index* offset, const doub
             for (Index i = 0; i < width; ++i) sum[i] = 0;
             for (Index t = 0; t < terms; ++t) {
                 const S* from = x + offset[t] + first;
-                for (Index i = 0; i < width; ++i) sum[i] += weight[t] * double(from[i]);
+                for (Index i = 0; i < width; ++i) sum[i] += weight[t] * wide(from[i]);
             }
-            for (Index i = 0; i < width; ++i) out[first + i] = S(sum[i]);
+            for (Index i = 0; i < width; ++i) out[first + i] = narrow<S>(sum[i]);
         }
     }
 }
@@ -38,7 +38,7 @@ void resample(const Resampling& by, const S* x, S* out) {
     const Index inner = by.after.size();
     if (inner == 0) return;
     const Index all = by.before.size() * by.outputs, chunk = std::max<Index>(1, TASK / inner);
-    in_parallel(parts(all, chunk), [&](Index task) {
+    in_tasks(parts(all, chunk), all * inner, [&](Index task) {
         const Index end = std::min(all, (task + 1) * chunk);
         for (Index at = task * chunk; at < end;) {
             const Index position = at / by.outputs, begin = at % by.outputs;
@@ -61,5 +61,6 @@ void resample(const Resampling& by, const S* x, S* out) {
 #define HPCTRAIN_FOR(S) template void resample<S>(const Resampling&, const S*, S*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

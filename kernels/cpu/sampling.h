@@ -1,4 +1,4 @@
-// Average pooling and resampling. S is the storage type of tensors. Same meaning, argument order and names as
+// Average pooling and resampling. S is the type that tensors are stored in. Same meaning, argument order and names as
 // hpctrain/backends/base.py.
 #pragma once
 
@@ -18,10 +18,10 @@ struct AveragePool {
     std::array<Index, 5> divisor{};    // of channel, too
 };
 
-template <class S, class A>
-void avg_pool(const AveragePool& pool, const S* x, S* out, const A* divisor);
-template <class S, class A>
-void avg_pool_dx(const AveragePool& pool, const S* dy, S* out, const A* divisor);
+template <class S>
+void avg_pool(const AveragePool& pool, const S* x, S* out, const Real<S>* divisor);
+template <class S>
+void avg_pool_dx(const AveragePool& pool, const S* dy, S* out, const Real<S>* divisor);
 
 // --- resample.cpp ---
 

@@ -18,7 +18,7 @@ HPCTRAIN_CLONES void softmax_narrow(Index rows, Index classes, const S* x, Index
                                     double* top, double* total) {
     alignas(64) double e[NARROW][ROWS], inverse[ROWS];
     for (Index k = 0; k < classes; ++k) {
-        for (Index r = 0; r < rows; ++r) e[k][r] = double(x[r * x_step + k]);
+        for (Index r = 0; r < rows; ++r) e[k][r] = wide(x[r * x_step + k]);
     }
     for (Index r = 0; r < rows; ++r) top[r] = e[0][r], total[r] = 0;
     for (Index k = 1; k < classes; ++k) {
@@ -30,7 +30,7 @@ HPCTRAIN_CLONES void softmax_narrow(Index rows, Index classes, const S* x, Index
     }
     for (Index r = 0; r < rows; ++r) inverse[r] = 1 / total[r];
     for (Index k = 0; k < classes; ++k) {
-        for (Index r = 0; r < rows; ++r) out[r * out_step + k] = A(e[k][r] * inverse[r]);
+        for (Index r = 0; r < rows; ++r) out[r * out_step + k] = narrow<A>(e[k][r] * inverse[r]);
     }
 }
 
@@ -41,22 +41,22 @@ HPCTRAIN_CLONES void softmax_wide(Index classes, const S* x, A* out, double* top
     for (double& largest : lane) largest = -std::numeric_limits<double>::infinity();
     Index i = 0;
     for (; i + SUM_LANES <= classes; i += SUM_LANES) {
-        for (int j = 0; j < SUM_LANES; ++j) lane[j] = double(x[i + j]) > lane[j] ? double(x[i + j]) : lane[j];
+        for (int j = 0; j < SUM_LANES; ++j) lane[j] = wide(x[i + j]) > lane[j] ? wide(x[i + j]) : lane[j];
     }
-    for (int j = 0; i + j < classes; ++j) lane[j] = double(x[i + j]) > lane[j] ? double(x[i + j]) : lane[j];
+    for (int j = 0; i + j < classes; ++j) lane[j] = wide(x[i + j]) > lane[j] ? wide(x[i + j]) : lane[j];
     for (int j = 1; j < SUM_LANES; ++j) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     const double largest = lane[0];
     double sum = 0;
     for (Index begin = 0; begin < classes; begin += WIDE_BLOCK) {
         const Index n = std::min(classes - begin, WIDE_BLOCK);
-        for (Index k = 0; k < n; ++k) e[k] = exp_negative(double(x[begin + k]) - largest);
+        for (Index k = 0; k < n; ++k) e[k] = exp_negative(wide(x[begin + k]) - largest);
         sum += sum_of(n, [&](Index k) { return e[k]; });
     }
     const double inverse = 1 / sum;
     for (Index begin = 0; begin < classes; begin += WIDE_BLOCK) {
         const Index n = std::min(classes - begin, WIDE_BLOCK);
-        for (Index k = 0; k < n && classes > WIDE_BLOCK; ++k) e[k] = exp_negative(double(x[begin + k]) - largest);
-        for (Index k = 0; k < n; ++k) out[begin + k] = A(e[k] * inverse);
+        for (Index k = 0; k < n && classes > WIDE_BLOCK; ++k) e[k] = exp_negative(wide(x[begin + k]) - largest);
+        for (Index k = 0; k < n; ++k) out[begin + k] = narrow<A>(e[k] * inverse);
     }
     *top = largest, *total = sum;
 }

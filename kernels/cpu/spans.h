@@ -5,55 +5,37 @@
 
 #include "functions.h"
 #include "layout.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
+#include "storage.h"
 
 namespace hpctrain {
 
-// Calls work(task) for each task, in OpenMP's threads where there are several of both. Nothing may be thrown in there,
-// and no result may depend on who does what.
+// Calls work(task) for each task, of all of which `elements` elements come, in threads where these are worth it.
+// Nothing may be thrown in there, and no result may depend on who does what.
 template <class Work>
-void in_parallel(Index tasks, Work work) {
-#ifdef _OPENMP
-    if (tasks > 1 && omp_get_max_threads() > 1) {
-#pragma omp parallel for schedule(static)
-        for (Index task = 0; task < tasks; ++task) work(task);
-        return;
-    }
-#endif
-    for (Index task = 0; task < tasks; ++task) work(task);
+void in_tasks(Index tasks, Index elements, Work work) {
+    in_threads(threads_for(elements), tasks, work);
 }
 
 // How many parts of `size` elements there are in n.
 inline Index parts(Index n, Index size) { return (n + size - 1) / size; }
 
-// Calls work(count, offsets) for pieces of the positions [begin, end) of a layout, in C order: `count` of them along
-// its last dim.
+// Calls work(count, offsets) for pieces of the positions [begin, end) of a layout, in C order: `count` of them
+// along its last dim.
 template <int N, class Work>
 void by_span(const Layout<N>& layout, Index begin, Index end, Work work) {
-    const int inner = layout.dims - 1;
-    std::array<Index, MAX_DIMS> at{};
-    std::array<Index, N> offset{};
-    const auto advance = [&](int dim, Index steps) {
-        at[size_t(dim)] += steps;
-        for (size_t i = 0; i < N; ++i) offset[i] += steps * layout.stride[size_t(dim)][i];
-    };
-    if (begin < end) {
-        Index rest = begin;
-        for (int d = inner; d >= 0; rest /= layout.extent[size_t(d)], --d) advance(d, rest % layout.extent[size_t(d)]);
-    }
-    while (begin < end) {
-        const Index count = std::min(end - begin, layout.extent[size_t(inner)] - at[size_t(inner)]);
-        work(count, offset);
-        begin += count;
-        advance(inner, count);
-        for (int d = inner; d > 0 && at[size_t(d)] == layout.extent[size_t(d)]; --d) {
-            advance(d, -at[size_t(d)]);
-            advance(d - 1, 1);
-        }
-    }
+    for (Cursor<N> cursor(layout, begin, end); cursor.left() > 0; cursor.skip(cursor.run()))
+        work(cursor.run(), cursor.offset());
+}
+
+// An element of an array of any type in double, and back.
+template <class T>
+HPCTRAIN_INLINE double wide(T value) {
+    return double(load(value));
+}
+template <class T>
+HPCTRAIN_INLINE T narrow(double value) {
+    return store<T>(Real<T>(value));
 }
 
 constexpr int SUM_LANES = 16;

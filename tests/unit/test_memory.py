@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-import tracemalloc
 from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
+from allocations import peak, steps
 
 from hpctrain import memory as process
 from hpctrain import usage
@@ -30,15 +30,13 @@ from hpctrain.layers import (
     Layer,
     LayerNorm,
     MaxPool,
-    Phase,
-    Place,
     ReLU,
     Sigmoid,
     Softmax,
     SoftmaxCrossEntropy,
     Upsample,
 )
-from hpctrain.partition import Partition, Shape, whole
+from hpctrain.partition import Partition, Shape
 from hpctrain.planner import memory
 from hpctrain.planner.plan import Plan, uniform
 
@@ -114,28 +112,9 @@ def test_what_layers_keep(layer: object, output: tuple[int, ...], inputs: list[t
 
 def measured(layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype) -> int:
     """The most bytes that forward and backward of a layer allocate besides what they are given and what they keep."""
-    rng, output = np.random.default_rng(0), layer.output_shape(*shapes)
-    labels, weights = layer.labels(*shapes), layer.weights(*shapes)
-    boxes = tuple(map(whole, shapes))
-    held = {name: whole(weight.shape) for name, weight in weights.items()}
-    work = whole(layer.work_shape(*shapes))
-    op = layer.bind(Place("layer", 0, backend, dtype, shapes, boxes, work, whole(output), held, None))
-    x = [
-        rng.integers(0, shapes[0][-1], shape) if label else rng.random(shape).astype(dtype)
-        for shape, label in zip(shapes, labels, strict=True)
-    ]
-    w = {name: np.ones(v.shape, dtype) for name, v in {**weights, **layer.state(*shapes)}.items()}
-    dx = [None if label else np.empty(shape, dtype) for shape, label in zip(shapes, labels, strict=True)]
-    dw = {name: np.empty(v.shape, dtype) for name, v in weights.items()}
-    y, dy = np.zeros(output, dtype), np.ones(output, dtype)
-    most = 0
-    for _ in range(2):  # the first time makes what is kept
-        for step in (lambda: op.forward(x, w, y, Phase()), lambda: op.backward(dy, w, dx, dw)):
-            tracemalloc.start()
-            step()
-            most = max(most, tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    return most
+    pass_by_pass = steps(layer, shapes, backend, dtype)
+    # the first time makes what is kept
+    return max(peak(step) for _ in range(2) for step in pass_by_pass)
 
 
 VOLUME = (2, 13, 12, 17, 8)
