@@ -5,20 +5,27 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from networks import node
 
 from hpctrain.backends.base import Backend
-from hpctrain.layers import Layer, Phase, Place
+from hpctrain.layers import Layer, Op, Phase, Place
 from hpctrain.partition import Partition, Shape, extent
 from hpctrain.planner.layout import layout
 
 
-def steps(
-    layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward and backward of a layer bound to whole tensors of these shapes, with random inputs."""
+class Bound(NamedTuple):
+    """An op, and what runs it forward and backward with arrays made before."""
+
+    op: Op
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+
+
+def bound(layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype) -> Bound:
+    """A layer bound to whole tensors of these shapes, with random inputs."""
     rng, place, labels = np.random.default_rng(0), layout(node(layer, *shapes), Partition()), layer.labels(*shapes)
     boxes, output = tuple(want.box(0) for want in place.inputs), place.output.box(0)
     held = {name: dist.box(0) for name, dist in place.weights.items()}
@@ -29,7 +36,7 @@ def steps(
     w = {name: np.ones(dist.shape, dtype) for name, dist in {**place.weights, **place.state}.items()}
     dw = {name: np.empty(dist.shape, dtype) for name, dist in place.weights.items()}
     y, dy = np.zeros(extent(output), dtype), np.ones(extent(output), dtype)
-    return lambda: op.forward(x, w, y, Phase()), lambda: op.backward(dy, w, dx, dw)
+    return Bound(op, lambda: op.forward(x, w, y, Phase()), lambda: op.backward(dy, w, dx, dw))
 
 
 def peak(step: Callable[[], None]) -> int:
