@@ -121,7 +121,7 @@ class Reference:
         add: Floats | None = None,
         slope: float = 1.0,
     ) -> None:
-        require_slope(slope)
+        _require_slope(slope)
         value = (x - mean) * rstd * gamma + beta
         if add is not None:
             value = value + add
@@ -171,7 +171,7 @@ class Reference:
         np.copyto(out, np.where(y > 0, dy, 0))
 
     def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
-        require_slope(slope)
+        _require_slope(slope)
         np.copyto(dy, slope * dy if slope else np.zeros_like(dy), where=~(y > 0))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
@@ -295,7 +295,7 @@ class Reference:
         return float(np.square(x, dtype=np.float64).sum())
 
 
-def require_slope(slope: float) -> None:
+def _require_slope(slope: float) -> None:
     if not slope >= 0:
         raise ValueError(f"slope {slope}; a fused activation's is 0 or more")
 
