@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
@@ -21,6 +21,7 @@ BORDERS = {"zero": FILL, "periodic": WRAP, "reflect": REFLECT}
 class Grouped(Layer):
     """What convolutions of both directions share: their work is the output's dims, then the channels of a group."""
 
+    keeps_output: ClassVar[bool] = False
     groups: int
 
     def work_shape(self, *x: Shape) -> Shape:
@@ -42,6 +43,7 @@ class Conv(Grouped):
     Work: the output's dims, then input channels. Axis "channel" cuts filters, "contraction" the channels of a group.
     """
 
+    takes_tail: ClassVar[bool] = True
     filters: int
     kernel: Number
     stride: Number = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import ClassVar
 
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
@@ -21,6 +22,8 @@ class Dense(Layer):
     Work (N, units, C): axis "channel" cuts units, "contraction" cuts C, whose partial sums are reduce-scattered.
     """
 
+    keeps_output: ClassVar[bool] = False
+    takes_tail: ClassVar[bool] = True
     units: int
     bias: bool = True
 

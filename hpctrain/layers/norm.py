@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class BatchNorm(Layer):
     unbiased one); evaluation uses the running ones.
     """
 
+    keeps_output: ClassVar[bool] = False
+    takes_tail: ClassVar[bool] = True
+    takes_addend: ClassVar[bool] = True
     eps: float = 1e-5
     momentum: float = 0.1
     groups: int = 1
@@ -65,6 +69,13 @@ class BatchNormOp:
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x = x[0]
+        if not phase.again:  # else they are what they were
+            self._normalize_by(phase, w)
+        for group, rows in self.parts:
+            mean, rstd = self.mean[group], self.rstd[group]
+            self.backend.normalize(self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows])
+
+    def _normalize_by(self, phase: Phase, w: Mapping[str, Array]) -> None:
         if phase.training:
             self.mean, var = self._statistics(w)
         else:
@@ -72,9 +83,6 @@ class BatchNormOp:
                 np.broadcast_to(w[name].astype(np.float64), self.shape) for name in ("running_mean", "running_var")
             )
         self.rstd = 1.0 / np.sqrt(var + self.layer.eps)
-        for group, rows in self.parts:
-            mean, rstd = self.mean[group], self.rstd[group]
-            self.backend.normalize(self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows])
 
     def _statistics(self, w: Mapping[str, Array]) -> tuple[Array, Array]:
         mine = np.zeros((3, *self.shape))
@@ -130,6 +138,7 @@ class LayerNorm(Layer):
     gamma and beta have the shape of these dims, and are cut as they are.
     """
 
+    keeps_output: ClassVar[bool] = False
     dims: int = 1
     eps: float = 1e-5
 

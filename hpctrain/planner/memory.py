@@ -34,9 +34,12 @@ from hpctrain.layers.activation import Activation
 from hpctrain.layers.loss import Elementwise
 from hpctrain.layers.resample import Resample
 from hpctrain.memory import mib
-from hpctrain.partition import Box, Shape, contains, extent, volume
+from hpctrain.partition import Box, Shape, extent, volume
+from hpctrain.planner.arena import Buffers, EdgeViews, arena_bytes
+from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.schedule import KEEP, Economy, schedule
 from hpctrain.regions import Share, owners
 
 FLOAT64 = 8
@@ -87,17 +90,19 @@ def predict(
     precision: str = "float32",
     optimizer_arrays: int = 1,
     backend: str = "native",
+    economy: Economy = KEEP,
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
     """
     places, itemsize = layouts(graph, plan), np.dtype(precision).itemsize
-    moved = edges(graph, plan, places)
-    return {
-        rank: _of_rank(graph, places, moved, rank, itemsize, optimizer_arrays, backend)
-        for rank in (range(plan.ranks) if ranks is None else ranks)
-    }
+    moved, order = edges(graph, plan, places), schedule(graph, places, economy)
+    found = {}
+    for rank in range(plan.ranks) if ranks is None else ranks:
+        arrays = buffers(graph, places, moved, order, economy, rank)
+        found[rank] = _of_rank(places, moved, rank, itemsize, arrays, optimizer_arrays, backend)
+    return found
 
 
 def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
@@ -114,51 +119,54 @@ def largest(found: dict[int, Memory]) -> tuple[int, Memory]:
 
 
 def _of_rank(
-    graph: Graph,
     places: dict[str, Layout],
     moved: Sequence[Edge],
     rank: int,
     itemsize: int,
+    arrays: Buffers,
     optimizer_arrays: int,
     backend: str,
 ) -> Memory:
     weights = sum(volume(d.box(rank)) for place in places.values() for d in place.weights.values()) * itemsize
     running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * itemsize
-    tensors = messages = 0
-    for edge in moved:
-        arrays, buffers = _edge(edge, rank)
-        size = 8 if edge.integer else itemsize
-        tensors, messages = tensors + arrays * size, messages + buffers * size
+    messages = sum(
+        _message_elements(edge, rank, arrays, arrays.edges[edge.consumer, edge.slot])
+        * (8 if edge.integer else itemsize)
+        for edge in moved
+        if (edge.consumer, edge.slot) in arrays.edges
+    )
+    tensors = arena_bytes(arrays, itemsize)
     kept = workspace = 0
-    for name, place in places.items():
+    for place in places.values():
         produced = extent((place.output if place.partial is None else place.partial).box(rank))
         kept += place.node.layer.kept_bytes(itemsize, produced, *(extent(want.box(rank)) for want in place.inputs))
-        if not graph.consumers(name):
-            tensors += volume(place.output.box(rank)) * itemsize
         if not isinstance(place.node.layer, Input):
             workspace = max(workspace, _workspace(place, rank, itemsize, backend))
     return Memory(2 * weights, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
 
 
-def _edge(edge: Edge, rank: int) -> tuple[int, int]:
-    """Elements of the arrays and of the message buffers that `comm.exchange.Exchange` makes for an edge."""
-    mine, wish = edge.have.box(rank), edge.want.box(rank)
-    inplace = volume(mine) > 0 and contains(wish, mine)
-    ways = 2 if edge.gradient or edge.slot is None else 1
-    arrays = ways * (volume(wish) + (0 if inplace else volume(mine)))
-    owned = extent(wish if inplace else mine)  # the array that the owner's block lies in
+def _message_elements(edge: Edge, rank: int, found: Buffers, views: EdgeViews) -> int:
+    """Elements of the message buffers that `comm.exchange.Exchange` makes for an edge."""
+    mine = edge.have.box(rank)
     outgoing = [edge.want.shares(r, mine) for r in edge.want.meeting(mine) if r != rank]
     incoming = [edge.want.shares(rank, edge.have.box(r)) for r in owners(edge.have, edge.want, rank) if r != rank]
-    buffers = ways * sum(_packed(shares, extent(wish), (False,) * len(wish)) for shares in incoming)
-    buffers += sum(_packed(shares, owned) for shares in outgoing)
-    if ways == 2:  # gradients that arrive are added, so that they never go straight into the array
-        buffers += sum(volume(share.source) for shares in outgoing for share in shares)
-    return arrays, buffers
+    owned, wish = found.found[views.src.buffer].shape, found.found[views.dst.buffer].shape
+    elements = sum(_packed(shares, owned) for shares in outgoing)
+    elements += sum(_packed(shares, wish, wanted=True) for shares in incoming)
+    if views.gradient is not None:  # what arrives is added, so that it never goes straight into the array
+        elements += sum(_packed(shares, found.found[views.gradient.buffer].shape, wanted=True) for shares in incoming)
+        elements += sum(volume(share.source) for shares in outgoing for share in shares)
+    return elements
 
 
-def _packed(shares: Sequence[Share], array: Shape, flipped: tuple[bool, ...] | None = None) -> int:
-    """Elements of the buffer between `shares` of an array of these extents and the wire; 0 where it needs none."""
-    if len(shares) == 1 and _contiguous(shares[0].source, array, flipped or shares[0].flipped):
+def _packed(shares: Sequence[Share], array: Shape, wanted: bool = False) -> int:
+    """Elements of the buffer between `shares` of an array of these extents and the wire; 0 where it needs none.
+
+    In the array that has what was `wanted`, nothing is reversed.
+    """
+    if len(shares) == 1 and _contiguous(
+        shares[0].source, array, (False,) * len(array) if wanted else shares[0].flipped
+    ):
         return 0
     return sum(volume(share.source) for share in shares)
 
