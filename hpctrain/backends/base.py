@@ -41,8 +41,21 @@ class Backend(Protocol):
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         """out[n, o, k] = sum over taps t and c of x[n, o * stride + t * dilation, c] w[t, c, k] (cross-correlation).
+
+        Then `bias` (filters,) is added, and what is <= 0 becomes `slope` times itself: 0 is `relu`, other slopes are
+        leaky_relu, and 1 changes nothing.
 
         With `groups`, channels of x and filters fall into as many equal runs, and each run of filters reads its own run
         of channels: w is (*kernel, C / groups, filters).
@@ -54,8 +67,17 @@ class Backend(Protocol):
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         """Adjoint of `conv` in w."""
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        """out = op(a) @ op(b) for matrices; op transposes where asked."""
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        """out = op(a) @ op(b) for matrices; op transposes where asked. `bias` and `slope` as of `conv`."""
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         """y[..., c] += b[c], in place."""

@@ -59,11 +59,21 @@ class Native(Reference):
     def use_threads(self, count: int) -> None:
         self._kernels.use_threads(count)
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         if out.dtype == np.float32:
-            self._kernels.conv(x, w, out, stride, dilation, groups, exact=self._exact)
+            self._kernels.conv(x, w, out, stride, dilation, groups, bias, exact=self._exact, slope=slope)
         else:
-            super().conv(x, w, out, stride, dilation, groups)
+            super().conv(x, w, out, stride, dilation, groups, bias, slope)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         if out.dtype == np.float32:
@@ -77,11 +87,20 @@ class Native(Reference):
         else:
             super().conv_dw(x, dy, out, stride, dilation, groups)
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         if out.dtype == np.float32:
-            self._kernels.gemm(a, b, out, transpose_a, transpose_b)
+            self._kernels.gemm(a, b, out, transpose_a, transpose_b, bias, slope=slope)
         else:
-            super().gemm(a, b, out, transpose_a, transpose_b)
+            super().gemm(a, b, out, transpose_a, transpose_b, bias, slope)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(a, b, out)

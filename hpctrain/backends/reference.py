@@ -27,8 +27,19 @@ class Reference:
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         windows.conv(x, w, out, stride, dilation, groups)
+        _finish(out, bias, slope)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         windows.conv_dx(dy, w, out, stride, dilation, groups)
@@ -36,8 +47,18 @@ class Reference:
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         windows.conv_dw(x, dy, out, stride, dilation, groups)
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
+        _finish(out, bias, slope)
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         y += b
@@ -246,6 +267,16 @@ class Reference:
 
     def sum_squares(self, x: Floats) -> float:
         return float(np.square(x, dtype=np.float64).sum())
+
+
+def _finish(out: Array, bias: Array | None, slope: float) -> None:
+    """Adds the bias and applies the activation of `conv` and `gemm`, in place."""
+    if bias is not None:
+        out += bias
+    if slope == 0:
+        np.maximum(out, 0, out=out)
+    elif slope != 1:
+        out[...] = pointwise.activation("leaky_relu", out, slope)
 
 
 def _sum_to(x: Array, like: Array) -> Array:

@@ -70,16 +70,16 @@ const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
 }
 
 void conv(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
-          bool accumulate, bool exact) {
+          bool accumulate, bool exact, float slope) {
     const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
-    const float* b = bias_of("conv", bias, c.groups * c.filters);
+    const Epilogue epilogue{bias_of("conv", bias, c.groups * c.filters), accumulate, slope};
     const Engine& e = engine();
     if (const Winograd* faster = winograd(e, c, exact))
-        return faster->conv(c, x.data(), w.data(), b, accumulate, out.data(), {});
+        return faster->conv(c, x.data(), w.data(), epilogue, out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_size(c));
     e.pack(c, w.data(), packed);
-    e.conv(c, x.data(), packed, b, accumulate, out.data());
+    e.conv(c, x.data(), packed, epilogue, out.data());
 }
 
 void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
@@ -119,10 +119,11 @@ Convolution winograd_convolution(const char* name, const X& x, const Y& w, const
 
 TileAnchor anchor_of(const Numbers& anchor) { return {int(anchor[0]), int(anchor[1])}; }
 
-void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor) {
+void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor,
+                   float slope) {
     const Convolution c = winograd_convolution("winograd_conv", x, w, out, groups, anchor);
-    const float* b = bias_of("winograd_conv", bias, c.groups * c.filters);
-    engine().winograd->conv(c, x.data(), w.data(), b, accumulate, out.data(), anchor_of(anchor));
+    const Epilogue epilogue{bias_of("winograd_conv", bias, c.groups * c.filters), accumulate, slope};
+    engine().winograd->conv(c, x.data(), w.data(), epilogue, out.data(), anchor_of(anchor));
 }
 
 void winograd_dx(I dy, I w, O out, Index groups, const Numbers& anchor) {
@@ -149,7 +150,7 @@ Matrix matrix(I a, bool transpose) {
     return transpose ? Matrix{a.data(), column, row} : Matrix{a.data(), row, column};
 }
 
-void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate) {
+void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate, float slope) {
     const Matrix left = matrix(a, transpose_a), right = matrix(b, transpose_b);
     const size_t m = a.shape(transpose_a), k = a.shape(!transpose_a), n = b.shape(!transpose_b);
     if (out.ndim() != 2 || b.shape(transpose_b) != k || out.shape(0) != m || out.shape(1) != n) {
@@ -157,8 +158,8 @@ void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias,
                            (transpose_b ? " transposed" : "") + " does not give " + shape_of(out));
     }
     require_rows("gemm", out);
-    const float* added = bias_of("gemm", bias, Index(n));
-    engine().gemm(Index(m), Index(n), Index(k), left, right, added, accumulate, out.data(), Index(out.stride(0)));
+    const Epilogue epilogue{bias_of("gemm", bias, Index(n)), accumulate, slope};
+    engine().gemm(Index(m), Index(n), Index(k), left, right, epilogue, out.data(), Index(out.stride(0)));
 }
 
 }  // namespace
@@ -166,18 +167,18 @@ void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias,
 void define_engine(nb::module_& m) {
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
     def(m, "conv", conv, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false);
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false, arg("slope") = 1.0f);
     def(m, "conv_dx", conv_dx, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("exact") = false);
     def(m, "conv_dw", conv_dw, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("exact") = false);
     const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
     def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
-        arg("accumulate") = false, anchor());
+        arg("accumulate") = false, anchor(), arg("slope") = 1.0f);
     def(m, "winograd_dx", winograd_dx, arg("dy"), arg("w"), arg("out"), arg("groups") = 1, anchor());
     def(m, "winograd_dw", winograd_dw, arg("x"), arg("dy"), arg("out"), arg("groups") = 1, anchor());
     def(m, "gemm", gemm, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
-        arg("bias") = nb::none(), arg("accumulate") = false);
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("slope") = 1.0f);
     for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm"})
         refuse_others(m, name, "takes float32 NumPy arrays, the output writeable");
     m.def(

@@ -34,6 +34,14 @@ struct Matrix {
     Index row, column;
 };
 
+// What is done with sums before they are stored: + bias (of all columns; may be null), + what stands there, and then
+// what is <= 0 becomes slope times itself: 1 changes nothing, 0 is a ReLU, which takes -infinity to 0 too.
+struct Epilogue {
+    const float* bias = nullptr;
+    bool accumulate = false;
+    float slope = 1;
+};
+
 struct Winograd;  // winograd.h
 
 struct Engine {
@@ -47,13 +55,12 @@ struct Engine {
     Index (*packed_dx_size)(const Convolution&);
     void (*pack_dx)(const Convolution&, const float* w, float* packed);
 
-    // y = conv(x, w) [+ bias] [+ y]
-    void (*conv)(const Convolution&, const float* x, const float* packed, const float* bias, bool accumulate, float* y);
+    // y = epilogue(conv(x, w))
+    void (*conv)(const Convolution&, const float* x, const float* packed, const Epilogue&, float* y);
     void (*conv_dx)(const Convolution&, const float* dy, const float* packed, float* dx);
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
-    // c (m, n), rows `row` apart, = a (m, k) b (k, n) [+ bias (n)] [+ c]
-    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c,
-                 Index row);
+    // c (m, n), rows `row` apart, = epilogue(a (m, k) b (k, n))
+    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
     // OpenMP's number of threads, for what the calling thread starts.
     void (*use_threads)(int count);
 };

@@ -21,7 +21,7 @@ namespace HPCTRAIN_ISA {
 // --- conv.cpp ---
 Index packed_size(const Convolution&);
 void pack(const Convolution&, const float* w, float* packed);
-void conv(const Convolution&, const float* x, const float* packed, const float* bias, bool accumulate, float* y);
+void conv(const Convolution&, const float* x, const float* packed, const Epilogue&, float* y);
 
 // --- conv_dx.cpp ---
 Index packed_dx_size(const Convolution&);
@@ -32,7 +32,7 @@ void conv_dx(const Convolution&, const float* dy, const float* packed, float* dx
 void conv_dw(const Convolution&, const float* x, const float* dy, float* dw);
 
 // --- gemm.cpp ---
-void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c, Index row);
+void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
 
 }  // namespace HPCTRAIN_ISA
 #endif

@@ -47,6 +47,13 @@ inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 // Contracted to one instruction where there is one (-ffp-contract=fast).
 inline V fma(V a, V b, V c) { return a * b + c; }
 
+// slope * v where v <= 0, NaN staying; of slope 0 there comes 0 even from -infinity.
+inline V rectified(V v, float slope) {
+    if (slope == 1) return v;
+    const V below = slope == 0 ? V{} : slope * v;
+    return v <= 0 ? below : v;
+}
+
 // The first n <= W floats, zeros beyond. Touches no other memory.
 inline V load(const float* p, int n) {
 #if defined(__AVX512F__)

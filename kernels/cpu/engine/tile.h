@@ -44,7 +44,17 @@ struct Target {
     int rows, tail;
     bool add;           // to what stands there
     const float* bias;  // of the first column; may be null
+    float slope = 1;    // of what is <= 0
+
+    Target of(int some_rows, int some_columns) const { return {some_rows, some_columns, add, bias, slope}; }
 };
+
+// How block `block` of `blocks` of the terms goes into columns from `column` on: the first one adds the bias, the last
+// one is rectified. Rows and columns are left open.
+inline Target target_of(const Epilogue& e, Index column, Index block, Index blocks) {
+    return {0, 0, e.accumulate || block > 0, e.bias && block == 0 ? e.bias + column : nullptr,
+            block + 1 == blocks ? e.slope : 1};
+}
 
 // What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing,
 // or to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
@@ -95,7 +105,7 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             }
         }
     }
-    if (target.rows == M && target.tail == W && !target.bias) {  // nearly always: no question asked in between
+    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {  // nearly always: no question asked in between
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
             float* place = c[r] + column;
@@ -115,6 +125,7 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             V sum = sums[r][j];
             if (target.bias) sum += n == W ? load(target.bias + j * W) : load(target.bias + j * W, n);
             if (target.add) sum += n == W ? load(place) : load(place, n);
+            sum = rectified(sum, target.slope);
             n == W ? store(place, sum) : store(place, sum, n);
         }
     }
