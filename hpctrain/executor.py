@@ -181,6 +181,10 @@ class Executor:
         """This rank's box of the output of layer or input `name`."""
         return self.layouts[name].output.box(self.rank)
 
+    def makes(self, name: str) -> bool:
+        """Whether the output of layer `name` stands anywhere: not if another layer runs within it."""
+        return name in self._results
+
     def output(self, name: str) -> Array:
         """This rank's block of the output of layer `name`, valid until the next `forward`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 
 import numpy as np
@@ -39,7 +39,7 @@ from hpctrain.planner.arena import Buffers, EdgeViews, arena_bytes
 from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
-from hpctrain.planner.schedule import KEEP, Economy, schedule
+from hpctrain.planner.schedule import KEEP, Economy, schedule, segments_to_try
 from hpctrain.regions import Share, owners
 
 FLOAT64 = 8
@@ -109,7 +109,26 @@ def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None
     """`predict` for a run as `config` describes it."""
     train, none = config.train, np.zeros(0)
     optimizer = optim.TABLE[config.optim.name](none, none, [], Reference(), config.optim)
-    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend)
+    saving = economy(config, graph, plan)
+    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend, saving)
+
+
+def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
+    """How a run as `config` describes it saves memory and time.
+
+    Where it recomputes, in the number of segments that leaves rank 0 the smallest arena, as it has the longest blocks.
+    """
+    lean = Economy(fuse=True, reuse=True)
+    if not config.memory.recompute:
+        return lean
+    places, itemsize = layouts(graph, plan), np.dtype(config.train.precision).itemsize
+    moved = edges(graph, plan, places)
+
+    def size(segments: int) -> int:
+        tried = replace(lean, recompute=segments)
+        return arena_bytes(buffers(graph, places, moved, schedule(graph, places, tried), tried, 0), itemsize)
+
+    return replace(lean, recompute=min((0, *segments_to_try(graph)), key=size))
 
 
 def largest(found: dict[int, Memory]) -> tuple[int, Memory]:
