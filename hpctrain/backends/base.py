@@ -82,8 +82,8 @@ class Backend(Protocol):
     def bias_add(self, y: Floats, b: Floats) -> None:
         """y[..., c] += b[c], in place."""
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
-        """out[c] = sum of dy[..., c]."""
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        """out[c] = sum of dy[..., c]. Where y is given, first `activation_grad(dy, y, slope)`, which changes dy."""
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class Backend(Protocol):
     def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
         """Adjoint of `resample`; elements that no output reads get 0."""
 
-    # --- normalization: statistics are float64, gamma and beta are of x's dtype ---------------------------------------
+    # --- normalization: statistics are float64, gamma and beta are of x's dtype, or float32 beside bf16 ---------------
     #
     # Statistics, gamma and beta broadcast against x: shape (C,) is per channel, (N, 1, 1, 1) per sample, (N, 1, 1, C)
     # per sample and channel, (N, H, W, 1) per position. Sums are over the dims that their output has not, or has as 1.
@@ -126,13 +126,38 @@ class Backend(Protocol):
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
         """The mean, and the sum of squared differences from it (0 where nothing is summed)."""
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        """out = (x - mean) * rstd * gamma + beta."""
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        """out = act((x - mean) * rstd * gamma + beta [+ add]), where act multiplies by `slope` what is not above 0.
+
+        1 is no activation and 0 that of `relu`. Raises ValueError on a slope below 0.
+        """
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
-        """Sums of dy and of dy * xhat, with xhat = (x - mean) * rstd."""
+        """Sums of dy and of dy * xhat, with xhat = (x - mean) * rstd.
+
+        Where y, the output of an activated `normalize`, is given, first `activation_grad(dy, y, slope)`, which changes
+        dy: it is then also the gradient by `add`.
+        """
 
     def normalize_dx(
         self,
@@ -157,6 +182,13 @@ class Backend(Protocol):
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         """out = dy where y > 0, else 0; y is the output of `relu`."""
+
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        """dy = dy where y > 0, else slope * dy, in place, and 0 where the slope is 0, whatever dy is.
+
+        The gradient of an activation with that slope below 0 by its output y. That tells the side only where the slope
+        is not below 0: else raises ValueError.
+        """
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
         """out = a * b; out may be a or b."""

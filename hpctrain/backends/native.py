@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
 from hpctrain.backends.reference import Reference
 from hpctrain.errors import BackendUnavailable
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
 COMPILED = (
     *("conv", "conv_dx", "conv_dw", "gemm"),
-    *("add", "multiply", "relu", "relu_dx", "activate", "activate_dx", "bias_add", "bias_grad"),
+    *("add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
     *("moments", "normalize", "normalize_grad", "normalize_dx"),
     *("sgd_update", "adam_update", "lars_update", "sum_squares"),
@@ -28,8 +31,9 @@ in batch normalization.
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 
-    Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and matrix
-    products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
+    Arrays of bf16 (ml_dtypes.bfloat16) are computed with in float32, and have float32 vectors (gamma, beta, bias) at
+    their side. Sums are taken in double precision, in an order that depends on shapes alone; those of convolution and
+    matrix products in float32, in an order that depends on shapes, instruction set and number of threads. Raises
     BackendUnavailable without the compiled module hpctrain._native or without what HPCTRAIN_ISA asks for, TypeError or
     ValueError on arrays that do not fit.
     """
@@ -103,59 +107,88 @@ class Native(Reference):
             super().gemm(a, b, out, transpose_a, transpose_b, bias, slope)
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
-        self._kernels.add(a, b, out)
+        self._kernels.add(*_stored(a, b, out))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
-        self._kernels.multiply(a, b, out)
+        self._kernels.multiply(*_stored(a, b, out))
 
     def relu(self, x: Floats, out: Floats) -> None:
-        self._kernels.relu(x, out)
+        self._kernels.relu(*_stored(x, out))
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
-        self._kernels.relu_dx(dy, y, out)
+        self._kernels.relu_dx(*_stored(dy, y, out))
+
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        self._kernels.activation_grad(*_stored(dy, y), slope)
 
     def activate(self, kind: str, x: Floats, out: Floats, slope: float = 0.0) -> None:
-        self._kernels.activate(kind, x, out, slope)
+        self._kernels.activate(kind, *_stored(x, out), slope)
 
     def activate_dx(self, kind: str, dy: Floats, x: Floats, out: Floats, slope: float = 0.0) -> None:
-        self._kernels.activate_dx(kind, dy, x, out, slope)
+        self._kernels.activate_dx(kind, *_stored(dy, x, out), slope)
 
     def max_pool(
         self, x: Floats, out: Floats, index: Ints, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
     ) -> None:
-        self._kernels.max_pool(x, out, index, kernel, stride, dilation or (1,) * len(kernel))
+        self._kernels.max_pool(*_stored(x, out), index, kernel, stride, dilation or (1,) * len(kernel))
 
     def max_pool_dx(
         self, dy: Floats, index: Ints, out: Floats, kernel: Sizes, stride: Sizes, dilation: Sizes | None = None
     ) -> None:
-        self._kernels.max_pool_dx(dy, index, out, kernel, stride, dilation or (1,) * len(kernel))
+        self._kernels.max_pool_dx(*_stored(dy, index, out), kernel, stride, dilation or (1,) * len(kernel))
 
     def bias_add(self, y: Floats, b: Floats) -> None:
-        self._kernels.bias_add(y, b)
+        self._kernels.bias_add(*_stored(y, b))
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
-        self._kernels.bias_grad(dy, out)
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        masked = () if y is None else (*_stored(y), slope)
+        self._kernels.bias_grad(*_stored(dy, out), *masked)
 
     def sum_positions(self, x: Floats, out: Floats, scale: float) -> None:
-        self._kernels.sum_positions(x, out, scale)
+        self._kernels.sum_positions(*_stored(x, out), scale)
 
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
-        self._kernels.spread_positions(dy, out, scale)
-
-    def _normalization(self, x: Array, *vectors: Array) -> Any:
-        """What normalizes x by these vectors: compiled kernels where each holds one number per channel, else NumPy."""
-        return self._kernels if all(vector.shape == x.shape[-1:] for vector in vectors) else super()
+        self._kernels.spread_positions(*_stored(dy, out), scale)
 
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
-        self._normalization(x, mean, m2).moments(x, mean, m2)
+        if _per_channel(x, mean, m2):
+            self._kernels.moments(*_stored(x), mean, m2)
+        else:
+            super().moments(x, mean, m2)
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        self._normalization(x, mean, rstd, gamma, beta).normalize(x, mean, rstd, gamma, beta, out)
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        if _per_channel(x, mean, rstd, gamma, beta):
+            added = None if add is None else _stored(add)[0]
+            self._kernels.normalize(*_stored(x), mean, rstd, gamma, beta, *_stored(out), added, slope)
+        else:
+            super().normalize(x, mean, rstd, gamma, beta, out, add, slope)
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
-        self._normalization(x, mean, rstd, sum_dy, sum_dy_xhat).normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+        if _per_channel(x, mean, rstd, sum_dy, sum_dy_xhat):
+            masked = () if y is None else (*_stored(y), slope)
+            self._kernels.normalize_grad(*_stored(dy, x), mean, rstd, sum_dy, sum_dy_xhat, *masked)
+        else:
+            super().normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat, y, slope)
 
     def normalize_dx(
         self,
@@ -168,9 +201,10 @@ class Native(Reference):
         mean_g_xhat: Floats,
         out: Floats,
     ) -> None:
-        self._normalization(x, mean, rstd, gamma, mean_g, mean_g_xhat).normalize_dx(
-            dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out
-        )
+        if _per_channel(x, mean, rstd, gamma, mean_g, mean_g_xhat):
+            self._kernels.normalize_dx(*_stored(dy, x), mean, rstd, gamma, mean_g, mean_g_xhat, *_stored(out))
+        else:
+            super().normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
 
     def sgd_update(
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
@@ -201,6 +235,16 @@ class Native(Reference):
     def sum_squares(self, x: Floats) -> float:
         found: float = self._kernels.sum_squares(x)
         return found
+
+
+def _per_channel(x: Array, *vectors: Array) -> bool:
+    """Whether each vector holds one number per channel of x: such normalization is compiled."""
+    return all(vector.shape == x.shape[-1:] for vector in vectors)
+
+
+def _stored(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays as the kernels take them: bf16, which NumPy does not know, as the uint16 that hold its bits."""
+    return tuple(a.view(np.uint16) if isinstance(a, np.ndarray) and a.dtype == BF16 else a for a in arrays)
 
 
 def _import_kernels() -> Any:

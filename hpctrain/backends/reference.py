@@ -63,7 +63,9 @@ class Reference:
     def bias_add(self, y: Floats, b: Floats) -> None:
         y += b
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        if y is not None:
+            self.activation_grad(dy, y, slope)
         out[...] = _sum_to(dy, out)
 
     # --- pooling ---------------------------------------------------------------------------------------------------
@@ -129,12 +131,38 @@ class Reference:
         mean[...] = _sum_to(x, mean) / max(1, count)
         m2[...] = _sum_to(np.square(x - mean), m2)
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        out[...] = (x - mean) * rstd * gamma + beta
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        _require_slope(slope)
+        value = (x - mean) * rstd * gamma + beta
+        if add is not None:
+            value = value + add
+        out[...] = (
+            value if slope == 1 else np.maximum(value, 0) if slope == 0 else np.where(value > 0, value, slope * value)
+        )
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
+        if y is not None:
+            self.activation_grad(dy, y, slope)
         sum_dy[...] = _sum_to(dy, sum_dy)
         sum_dy_xhat[...] = _sum_to((x - mean) * rstd * dy, sum_dy_xhat)
 
@@ -162,6 +190,10 @@ class Reference:
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         np.copyto(out, np.where(y > 0, dy, 0))
+
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        _require_slope(slope)
+        np.copyto(dy, slope * dy if slope else np.zeros_like(dy), where=~(y > 0))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
         np.multiply(a, b, out=out)
@@ -277,6 +309,11 @@ def _finish(out: Array, bias: Array | None, slope: float) -> None:
         np.maximum(out, 0, out=out)
     elif slope != 1:
         out[...] = pointwise.activation("leaky_relu", out, slope)
+
+
+def _require_slope(slope: float) -> None:
+    if not slope >= 0:
+        raise ValueError(f"slope {slope}; a fused activation's is 0 or more")
 
 
 def _sum_to(x: Array, like: Array) -> Array:
