@@ -4,6 +4,9 @@ Arrays are channels last, `(N, [D,] H, W, C)`, weights `([kd,] kh, kw, Cin, Cout
 Every operation writes into `out`, which the caller owns; `*_grad` and `conv_dw` overwrite, they do not add.
 A convolution or pooling input arrives assembled: its halo and padding are already part of `x`, so its output extent is
 exactly `(extent - dilation * (kernel - 1) - 1) // stride + 1`. NaN and infinity pass through every operation.
+
+Where arrays are bfloat16 (`ml_dtypes.bfloat16`), sums are float32, and so are vectors (biases, gamma, beta) and every
+gradient by a weight; what is stored as bfloat16 is rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class Backend(Protocol):
 
     name: str
     dtypes: tuple[str, ...]
-    """Float types that it computes in, e.g. ("float32", "float64")."""
+    """Float types that it computes in, e.g. ("float32", "float64", "bfloat16")."""
 
     def describe(self) -> str:
         """One line for the run's log: what computes what."""
@@ -84,6 +87,12 @@ class Backend(Protocol):
 
     def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
         """out[c] = sum of dy[..., c]. Where y is given, first `activation_grad(dy, y, slope)`, which changes dy."""
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        """out = x, from bfloat16 to float32. 1D arrays."""
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        """out = x, from float32 to bfloat16: to nearest, ties to even. 1D arrays."""
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 

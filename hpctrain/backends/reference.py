@@ -8,13 +8,15 @@ import numpy as np
 
 from hpctrain.backends import pointwise, windows
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
+from hpctrain.backends.rounding import in_float32, to_bfloat16
 
 
+@in_float32("describe", "empty", "use_threads", "widen", "narrow")
 class Reference:
     """NumPy, one thread of Python; what the other backends are compared with."""
 
     name = "reference"
-    dtypes: tuple[str, ...] = ("float32", "float64")
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16")
 
     def describe(self) -> str:
         return f"reference: NumPy {np.__version__} for everything"
@@ -67,6 +69,12 @@ class Reference:
         if y is not None:
             self.activation_grad(dy, y, slope)
         out[...] = _sum_to(dy, out)
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        out[...] = x
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        out[...] = to_bfloat16(x)
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,19 @@ struct Epilogue {
     float slope = 1;
 };
 
+// A bfloat16: the upper half of a float.
+struct Bf16 {
+    std::uint16_t bits;
+};
+
+// An array (samples, *extent, channels) and its copy: their strides.
+struct Rows {
+    Index samples;
+    Sizes extent;
+    Index channels;
+    Strides array, copy;
+};
+
 struct Winograd;  // winograd.h
 
 struct Engine {
@@ -61,6 +75,11 @@ struct Engine {
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
     // c (m, n), rows `row` apart, = epilogue(a (m, k) b (k, n))
     void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
+    // An array of bfloat16 to its copy, and back, rounded to nearest, ties to even; NaN stays NaN.
+    void (*widen)(const Rows&, const Bf16* array, float* copy);
+    void (*narrow)(const Rows&, const float* copy, Bf16* array);
+    // array += copy
+    void (*add)(const Rows&, const float* copy, float* array);
     // OpenMP's number of threads, for what the calling thread starts.
     void (*use_threads)(int count);
 };

@@ -34,6 +34,11 @@ void conv_dw(const Convolution&, const float* x, const float* dy, float* dw);
 // --- gemm.cpp ---
 void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
 
+// --- convert.cpp ---
+void widen(const Rows&, const Bf16* array, float* copy);
+void narrow(const Rows&, const float* copy, Bf16* array);
+void add(const Rows&, const float* copy, float* array);
+
 }  // namespace HPCTRAIN_ISA
 #endif
 

@@ -9,7 +9,8 @@
 namespace hpctrain::HPCTRAIN_ISA {
 
 const Engine ENGINE = {
-    HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm, use_threads,
+    HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm,
+    widen, narrow, add, use_threads,
 };
 
 }  // namespace hpctrain::HPCTRAIN_ISA
