@@ -13,13 +13,14 @@ from hpctrain.backends.base import Array, Backend
 from hpctrain.comm.exchange import Arrays, Exchange, Way
 from hpctrain.comm.grid import ProcessGrid
 from hpctrain.graph import Graph
-from hpctrain.layers import Op, Place
+from hpctrain.layers import Loss, Op, Place
 from hpctrain.layers.base import Tail
 from hpctrain.parameters import Group, Parameters, Tensor, initial
 from hpctrain.partition import AXES, Partition, extent, volume
 from hpctrain.planner.arena import ALIGNMENT, Buffers, View
 from hpctrain.planner.layout import Edge, Layout
 from hpctrain.planner.schedule import Key, Unit
+from hpctrain.precision import exact
 from hpctrain.regions import Region
 
 if TYPE_CHECKING:
@@ -58,12 +59,12 @@ class Arena:
     """The memory of all arrays between layers, one allocation, and the arrays in it."""
 
     def __init__(self, found: Buffers, backend: Backend, dtype: np.dtype) -> None:
-        offsets, self.nbytes = found.place(dtype.itemsize)
+        offsets, self.nbytes = found.place(dtype)
         self.memory = backend.empty((self.nbytes + ALIGNMENT,), np.dtype(np.uint8))
         first = -self.memory.ctypes.data % ALIGNMENT
         self._arrays = []
         for buffer, offset in zip(found.found, offsets, strict=True):
-            kind = np.dtype(np.int64) if buffer.integer else dtype
+            kind = buffer.kind.dtype(dtype)
             at = first + offset
             flat = self.memory[at : at + prod(buffer.shape) * kind.itemsize]
             self._arrays.append(flat.view(kind).reshape(buffer.shape))
@@ -142,7 +143,7 @@ def bind_op(
             node.name,
             seed,
             backend,
-            dtype,
+            exact(dtype) if isinstance(node.layer, Loss) else dtype,
             node.input_shapes,
             tuple(want.box(rank) for want in place.inputs),
             place.work.box(rank),

@@ -117,7 +117,10 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     batch: Count
     """Samples of a step, over all ranks. What does not fill an epoch's last one is left out; evaluation pads it."""
     seed: Whole = 0
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """bf16: tensors between layers and the weights that these use; sums, gradients, updates and losses are float32."""
+    loss_scale: Positive = 1.0
+    """What the loss is multiplied by before backward; gradients are divided by it again before the update."""
     backend: Literal["native", "reference"] = "native"
     exact: bool = False
     """native: never Winograd's convolution, which multiplies less and rounds about 3 times as much."""

@@ -24,6 +24,7 @@ from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import differentiable, edges, layouts
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import KEEP, Economy, Unit, schedule
+from hpctrain.precision import TYPES, exact
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,8 +36,8 @@ TRAINING = Phase()
 class Executor:
     """Runs one batch forward and backward; owns parameters, gradients, statistics and every buffer between layers.
 
-    Collective over `comm`, which is duplicated. `dtype` is float32 or float64. Raises PlanError, on all ranks alike,
-    where the plan does not fit graph or ranks, and BackendUnavailable where the backend lacks the type.
+    Collective over `comm`, which is duplicated. `dtype` is one of precision.TYPES. Raises PlanError, on all ranks
+    alike, where the plan does not fit graph or ranks, and BackendUnavailable where the backend lacks the type.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Executor:
         plan.check(graph)
         if plan.ranks > comm.size:
             raise PlanError(f"the plan needs {plan.ranks} ranks, but there are {comm.size}: start {plan.ranks}")
-        if dtype not in backend.dtypes:
+        able = [name for name, kind in TYPES.items() if kind.name in backend.dtypes]
+        if dtype not in able:
             raise BackendUnavailable(
-                f"backend {backend.name} has no {dtype}, only {', '.join(backend.dtypes)}; set train.precision"
+                f"backend {backend.name} has no {dtype}, only {', '.join(able)}; set train.precision"
             )
-        self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, np.dtype(dtype), seed
+        self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, TYPES[dtype], seed
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
@@ -66,7 +68,9 @@ class Executor:
         self._differentiable, self._losses = differentiable(graph), graph.losses
         self.schedule = schedule(graph, self.layouts, economy)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)
-        self.state = [t for place in self.layouts.values() for t in statistics(place, self.rank, self.dtype, seed)]
+        self.state = [
+            t for place in self.layouts.values() for t in statistics(place, self.rank, exact(self.dtype), seed)
+        ]
         moved = edges(graph, plan, self.layouts)
         found = buffers(graph, self.layouts, moved, self.schedule, economy, self.rank)
         self.arena = Arena(found, backend, self.dtype)
@@ -85,6 +89,8 @@ class Executor:
     def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
         """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
         self._phase = phase
+        if self.parameters.narrow is not None:
+            self.backend.narrow(self.parameters.weights, self.parameters.narrow)
         for step in self.steps:
             self._forward_step(step, phase)
         # (0, 4) on an idle rank
@@ -243,7 +249,7 @@ class Executor:
             sum_partials=None if partial is None else partial.bwd,
             spread_gradient=None if partial is None else partial.fwd,
             outputs=[self.exchanges[key] for key in consumers],
-            weights={name: p.array for name, p in mine.items()} | running,
+            weights={name: p.used for name, p in mine.items()} | running,
             gradients={name: p.gradient for name, p in mine.items()},
             result=self._results[unit.name],
             masked=self.arena.array(found.masked[unit.name]) if unit.name in found.masked else None,

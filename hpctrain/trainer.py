@@ -136,8 +136,10 @@ class Trainer:
             shares = verdict.totals.shares(self.losses)
             gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
             for name, gradient in gradients.items():
-                gradient[:, LOSS] = weights[name] * shares[name]
+                gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
             self.executor.backward(gradients)
+            if self.config.train.loss_scale != 1:
+                self.executor.parameters.gradients /= self.config.train.loss_scale
             self.optimizer.step(lr)
             self.at.totals.add(verdict.totals)
         else:

@@ -189,7 +189,7 @@ def trained(comm: Any, case: Case, plan: Plan, data: Data, economy: Economy = KE
         sgd.step(OPTIM.lr)
         for tensor in executor.tensors():
             found[f"step {number}: {tensor.name} updated"] = (tensor.box, tensor.array.copy())
-    planned = [sent_bytes(edge, comm.rank, 8) for edge in edges(case.net, plan)]
+    planned = [sent_bytes(edge, comm.rank, np.dtype(np.float64)) for edge in edges(case.net, plan)]
     expected = STEPS * sum(forward + backward for forward, backward in planned)
     if executor.bytes_sent() != expected:
         notes.append(f"sent {executor.bytes_sent()} bytes; the plan counts {expected}")

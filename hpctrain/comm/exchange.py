@@ -18,6 +18,7 @@ from mpi4py import MPI
 from mpi4py.util import dtlib
 
 from hpctrain.partition import Box, contains, extent, volume, within
+from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
 
 MOST_ELEMENTS = 2**31 - 1
@@ -71,6 +72,7 @@ class Way:
 
     def _spec(self, buffer: np.ndarray) -> np.ndarray | list[Any]:
         """`buffer` as MPI takes it: where its elements are too many to be counted, as one element of a large type."""
+        buffer = buffer.view(np.uint16) if buffer.dtype == BF16 else buffer  # MPI has no such type
         if buffer.size <= MOST_ELEMENTS:
             return buffer
         element = dtlib.from_numpy_dtype(buffer.dtype)

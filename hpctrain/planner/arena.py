@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+
 from hpctrain.partition import Box, Shape
+from hpctrain.planner.layout import Kind
 from hpctrain.planner.schedule import Key
 
 ALIGNMENT = 64
@@ -22,7 +25,7 @@ class Buffer:
     """An array that is not part of another one."""
 
     shape: Shape
-    integer: bool
+    kind: Kind
     spans: list[Span]
 
     def until(self, time: int) -> None:
@@ -63,9 +66,9 @@ class Buffers:
     passed: set[Key] = field(default_factory=set)
     """Inputs whose gradient is that of the output, in the same place: nothing is copied."""
 
-    def add(self, shape: Shape, spans: Sequence[Span], integer: bool = False) -> View:
+    def add(self, shape: Shape, spans: Sequence[Span], kind: Kind = Kind.NUMBERS) -> View:
         """A new buffer."""
-        self.found.append(Buffer(shape, integer, list(spans)))
+        self.found.append(Buffer(shape, kind, list(spans)))
         return View(len(self.found) - 1)
 
     def interior(self, outer: View, box: Box) -> View:
@@ -76,12 +79,12 @@ class Buffers:
             outer.buffer, tuple(slice(o.start + s.start, o.start + s.stop) for o, s in zip(outer.box, box, strict=True))
         )
 
-    def place(self, itemsize: int) -> tuple[list[int], int]:
+    def place(self, dtype: np.dtype) -> tuple[list[int], int]:
         """The offset of each buffer in the arena, and the arena's bytes.
 
         Greedy by size (Pisarchyk & Lee 2020): the largest first, each in the lowest gap of what is needed meanwhile.
         """
-        sizes = [_aligned(prod(b.shape) * (8 if b.integer else itemsize)) for b in self.found]
+        sizes = [_aligned(prod(b.shape) * b.kind.dtype(dtype).itemsize) for b in self.found]
         offsets, placed, total = [0] * len(sizes), list[int](), 0
         for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
             meanwhile = sorted(
@@ -98,9 +101,9 @@ class Buffers:
         return offsets, total
 
 
-def arena_bytes(found: Buffers, itemsize: int) -> int:
+def arena_bytes(found: Buffers, dtype: np.dtype) -> int:
     """Bytes that the arena of `found` takes, its alignment included."""
-    return found.place(itemsize)[1] + ALIGNMENT
+    return found.place(dtype)[1] + ALIGNMENT
 
 
 def _aligned(nbytes: int) -> int:

@@ -13,7 +13,7 @@ from hpctrain.graph import Graph
 from hpctrain.layers import Add, Input, Loss
 from hpctrain.partition import Box, contains, extent, volume, within
 from hpctrain.planner.arena import Buffers, EdgeViews, Span, View
-from hpctrain.planner.layout import Edge, Layout
+from hpctrain.planner.layout import Edge, Layout, kind
 from hpctrain.planner.schedule import Economy, Key, Schedule, Unit
 
 
@@ -99,14 +99,14 @@ class _Arranging:
         keys, out = self.readers.get(name, []), self.out
         primary = self._primary(keys)
         mine = self.places[name].output.box(self.rank)
-        integer = bool(keys) and self.moved[keys[0]].integer
+        of = kind(self.graph, name)
         shared = [key for key in keys if primary is not None and self._within(key, primary)]
         spans = self._needed(name, keys, shared)
         if primary is None:
-            whole = out.results[name] = out.add(extent(mine), spans, integer)
+            whole = out.results[name] = out.add(extent(mine), spans, of)
         else:
             wish = self._boxes(primary)[1]
-            whole = out.add(extent(wish), spans, integer)
+            whole = out.add(extent(wish), spans, of)
             out.results[name] = out.interior(whole, within(mine, wish))
         for key in keys:
             wish = self._boxes(key)[1]
@@ -114,7 +114,7 @@ class _Arranging:
                 dst = out.interior(whole, within(wish, self._boxes(primary)[1]))
                 self.forward[key] = out.results[name], dst, True
             else:
-                dst = out.add(extent(wish), self._read(key), integer)
+                dst = out.add(extent(wish), self._read(key), of)
                 self.forward[key] = out.results[name], dst, False
 
     def _primary(self, keys: Sequence[Key]) -> Key | None:
@@ -146,7 +146,9 @@ class _Arranging:
         reads, later = [times.forward[self.unit_of[key]] for key in keys], []
         later += [times.again[j] for key in keys if (j := self.unit_of[key]) in times.again]
         later += [times.backward[self.unit_of[key]] for key in shared if self._kept(key)]
-        if i is not None and self._keeps_output(self.schedule.units[i]):
+        if i is None:  # what is read is looked at after the forward pass, if a loss is not finite
+            later.append(len(self.schedule.units))
+        elif self._keeps_output(self.schedule.units[i]):
             later.append(times.backward[i])
         if self.keep or not keys:
             return [(0, times.end)]
@@ -193,10 +195,12 @@ class _Arranging:
                 out.edges[key] = EdgeViews(src, dst, inplace, dy, dy, True)
                 continue
             nested = volume(mine) > 0 and contains(wish, mine)
-            gradient = out.add(extent(wish), self._span(now, then if nested else now))
-            back = (
-                out.interior(gradient, within(mine, wish)) if nested else out.add(extent(mine), self._span(now, then))
-            )
+            of = self.moved[key].kind
+            gradient = out.add(extent(wish), self._span(now, then if nested else now), of)
+            if nested:
+                back = out.interior(gradient, within(mine, wish))
+            else:
+                back = out.add(extent(mine), self._span(now, then), of)
             out.edges[key] = EdgeViews(src, dst, inplace, gradient, back, nested)
 
     def _output_gradient(self, name: str) -> View | None:
@@ -226,13 +230,12 @@ class _Arranging:
         forward = [(t, t) for t in (times.forward[i], times.again.get(i)) if t is not None]
         forward = [(0, times.end)] if self.keep else forward
         backward = self._span(times.backward[i], times.backward[i])
-        partial, gradient = out.add(extent(produced), forward), out.add(extent(produced), backward)
-        box = within(mine, produced) if nested else None
-        if box is not None:
+        partial, gradient = (out.add(extent(produced), spans, edge.kind) for spans in (forward, backward))
+        if nested:
+            box = within(mine, produced)
             return EdgeViews(out.interior(gradient, box), gradient, True, partial, out.interior(partial, box), True)
-        return EdgeViews(
-            out.add(extent(mine), backward), gradient, False, partial, out.add(extent(mine), forward), False
-        )
+        sums, of_sums = (out.add(extent(mine), spans, edge.kind) for spans in (forward, backward))
+        return EdgeViews(of_sums, gradient, False, partial, sums, False)
 
     def _span(self, first: int, last: int) -> list[Span]:
         return [(0, self.times.end)] if self.keep else [(first, last)]

@@ -27,6 +27,7 @@ from hpctrain.layers import (
     Input,
     InstanceNorm,
     LayerNorm,
+    Loss,
     Softmax,
     SoftmaxCrossEntropy,
 )
@@ -40,6 +41,7 @@ from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import KEEP, Economy, schedule, segments_to_try
+from hpctrain.precision import TYPES, exact
 from hpctrain.regions import Share, owners
 
 FLOAT64 = 8
@@ -51,7 +53,7 @@ class Memory:
     """Bytes of one rank. All but `workspace` are exact; Python, MPI and the batch being read come on top."""
 
     parameters: int
-    """Weights and their gradients."""
+    """Weights and their gradients, and copies of the weights in bf16."""
     optimizer: int
     """What the optimizer keeps per weight."""
     statistics: int
@@ -96,12 +98,12 @@ def predict(
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
     """
-    places, itemsize = layouts(graph, plan), np.dtype(precision).itemsize
+    places, dtype = layouts(graph, plan), TYPES[precision]
     moved, order = edges(graph, plan, places), schedule(graph, places, economy)
     found = {}
     for rank in range(plan.ranks) if ranks is None else ranks:
         arrays = buffers(graph, places, moved, order, economy, rank)
-        found[rank] = _of_rank(places, moved, rank, itemsize, arrays, optimizer_arrays, backend)
+        found[rank] = _of_rank(places, moved, rank, dtype, arrays, optimizer_arrays, backend)
     return found
 
 
@@ -121,12 +123,12 @@ def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
     lean = Economy(fuse=True, reuse=True)
     if not config.memory.recompute:
         return lean
-    places, itemsize = layouts(graph, plan), np.dtype(config.train.precision).itemsize
+    places, dtype = layouts(graph, plan), TYPES[config.train.precision]
     moved = edges(graph, plan, places)
 
     def size(segments: int) -> int:
         tried = replace(lean, recompute=segments)
-        return arena_bytes(buffers(graph, places, moved, schedule(graph, places, tried), tried, 0), itemsize)
+        return arena_bytes(buffers(graph, places, moved, schedule(graph, places, tried), tried, 0), dtype)
 
     return replace(lean, recompute=min((0, *segments_to_try(graph)), key=size))
 
@@ -141,27 +143,27 @@ def _of_rank(
     places: dict[str, Layout],
     moved: Sequence[Edge],
     rank: int,
-    itemsize: int,
+    dtype: np.dtype,
     arrays: Buffers,
     optimizer_arrays: int,
     backend: str,
 ) -> Memory:
-    weights = sum(volume(d.box(rank)) for place in places.values() for d in place.weights.values()) * itemsize
-    running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * itemsize
-    messages = sum(
-        _message_elements(edge, rank, arrays, arrays.edges[edge.consumer, edge.slot])
-        * (8 if edge.integer else itemsize)
-        for edge in moved
-        if (edge.consumer, edge.slot) in arrays.edges
-    )
-    tensors = arena_bytes(arrays, itemsize)
+    itemsize, full = dtype.itemsize, exact(dtype).itemsize
+    blocks = [volume(d.box(rank)) for place in places.values() for d in place.weights.values()]
+    running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * full
+    between = [(edge, views) for edge in moved if (views := arrays.edges.get((edge.consumer, edge.slot)))]
+    messages = sum(_message_elements(edge, rank, arrays, v) * edge.kind.dtype(dtype).itemsize for edge, v in between)
     kept = workspace = 0
     for place in places.values():
+        size = full if isinstance(place.node.layer, Loss) else itemsize
         produced = extent((place.output if place.partial is None else place.partial).box(rank))
-        kept += place.node.layer.kept_bytes(itemsize, produced, *(extent(want.box(rank)) for want in place.inputs))
+        kept += place.node.layer.kept_bytes(size, produced, *(extent(want.box(rank)) for want in place.inputs))
         if not isinstance(place.node.layer, Input):
-            workspace = max(workspace, _workspace(place, rank, itemsize, backend))
-    return Memory(2 * weights, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
+            workspace = max(workspace, _workspace(place, rank, size, backend))
+    weights = sum(blocks) * full
+    copies = sum(blocks) * itemsize if itemsize < full else 0
+    tensors = arena_bytes(arrays, dtype)
+    return Memory(2 * weights + copies, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
 
 
 def _message_elements(edge: Edge, rank: int, found: Buffers, views: EdgeViews) -> int:

@@ -45,7 +45,7 @@ def traffic(executor: Executor, steps: int) -> list[Traffic]:
         bwd = 0 if exchange is None or exchange.bwd is None else exchange.bwd.bytes_sent
         # partial sums run backwards in the forward pass
         counted = (fwd, bwd) if edge.slot is not None else (bwd, fwd)
-        forward, backward = sent_bytes(edge, rank, executor.dtype.itemsize)
+        forward, backward = sent_bytes(edge, rank, executor.dtype)
         found.append((*counted, forward * steps, backward * steps))
     every = executor.comm.gather(found)
     if every is None:

@@ -55,7 +55,7 @@ def check(comm: Any, net: Graph, plan: Plan, seed: int, economies: list[Economy]
     """The bytes of the arena by economy."""
     data, nbytes = draw(net, seed, STEPS), {}
     expected, keeping = train(net, plan, comm, data, KEEP)
-    sent = STEPS * sum(sum(sent_bytes(edge, comm.rank, 8)) for edge in edges(net, plan))
+    sent = STEPS * sum(sum(sent_bytes(edge, comm.rank, np.dtype(np.float64))) for edge in edges(net, plan))
     nbytes[KEEP] = keeping.arena.nbytes
     for economy in economies:
         found, executor = train(net, plan, comm, data, economy)
