@@ -231,6 +231,15 @@ class Backend(Protocol):
     ) -> None:
         """Gradient by the logits of the sum over n of scale[n] * loss[n]."""
 
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        """Of each sample's positions whose label is in [0, K), three numbers per sample, each (N,).
+
+        total: the sum of weight[label]. correct: how many have their largest logit, the first where tied, at the label.
+        count: how many there are. Logits (N, ..., K), labels (N, ...), `weight` (K,).
+        """
+
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
         """loss[n] = sum of f(x, target), of one shape (N, ...), for f named by `kind`: one of POINTWISE_LOSSES.
 
@@ -242,6 +251,9 @@ class Backend(Protocol):
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
         """Gradient by x of the sum over n of scale[n] * loss[n]; 0 at the kink of absolute."""
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        """out[n] = for how many elements of sample n, of arrays (N, ...), x > 0 goes with target > 0.5."""
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

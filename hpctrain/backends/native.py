@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
-from hpctrain.backends.reference import Reference
+from hpctrain.backends.reference import Reference, require_slope
 from hpctrain.backends.rounding import in_float32
 from hpctrain.errors import BackendUnavailable
 from hpctrain.precision import BF16
@@ -17,13 +17,15 @@ COMPILED = (
     *("conv", "conv_dx", "conv_dw", "gemm", "widen", "narrow"),
     *("add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
+    *("avg_pool", "avg_pool_dx", "resample", "resample_dx"),
     *("moments", "normalize", "normalize_grad", "normalize_dx"),
+    *("softmax", "softmax_dx", "cross_entropy", "cross_entropy_dx", "label_scores"),
+    *("pointwise_loss", "pointwise_loss_dx", "agreement"),
     *("sgd_update", "adam_update", "lars_update", "sum_squares"),
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
-Convolution and matrix multiplication in float32 and bfloat16; of normalization those whose statistics are one number
-per channel, as in batch normalization.
+Convolution and matrix multiplication in float32 and bf16, in float64 as `Reference`.
 """
 
 OF_BF16 = tuple(name for name in COMPILED if not name.endswith("_update") and name != "sum_squares")
@@ -53,14 +55,9 @@ class Native(Reference):
             raise BackendUnavailable(f"backend 'native': {error}") from error
 
     def describe(self) -> str:
-        inherited = [name for name, what in vars(Reference).items() if callable(what) and not name.startswith("_")]
-        others = [name for name in inherited if name not in (*COMPILED, "describe", "empty", "use_threads")]
-        # a gradient is computed by what computes its operation
-        families = [name for name in others if not name.endswith(("_dx", "_dw"))]
         return (
-            f"native: compiled kernels for {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
-            f"NumPy {np.__version__} for {', '.join(families)}, convolution and matrix products in float64, and "
-            "normalization other than per channel"
+            f"native: compiled kernels for all {len(COMPILED)} operations, convolution with {self._kernels.isa()}; "
+            f"NumPy {np.__version__} for convolution and matrix products in float64"
         )
 
     def use_threads(self, count: int) -> None:
@@ -160,11 +157,23 @@ class Native(Reference):
     def spread_positions(self, dy: Floats, out: Floats, scale: float) -> None:
         self._kernels.spread_positions(*_stored(dy, out), scale)
 
+    def avg_pool(self, x: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
+        self._kernels.avg_pool(*_stored(x, out), divisor, kernel, stride)
+
+    def avg_pool_dx(self, dy: Floats, out: Floats, divisor: Floats, kernel: Sizes, stride: Sizes) -> None:
+        self._kernels.avg_pool_dx(*_stored(dy, out), divisor, kernel, stride)
+
+    def resample(self, x: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        self._kernels.resample(*_stored(x, out), dim, index, weight)
+
+    def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
+        self._kernels.resample_dx(*_stored(dy, out), dim, index, weight)
+
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
         if _per_channel(x, mean, m2):
             self._kernels.moments(*_stored(x), mean, m2)
         else:
-            super().moments(x, mean, m2)
+            self._kernels.moments_of(*_stored(x), mean, m2)
 
     def normalize(
         self,
@@ -180,8 +189,15 @@ class Native(Reference):
         if _per_channel(x, mean, rstd, gamma, beta):
             added = None if add is None else _stored(add)[0]
             self._kernels.normalize(*_stored(x), mean, rstd, gamma, beta, *_stored(out), added, slope)
-        else:
-            super().normalize(x, mean, rstd, gamma, beta, out, add, slope)
+            return
+        require_slope(slope)
+        self._kernels.normalize_by(*_stored(x), mean, rstd, gamma, beta, *_stored(out))
+        if add is not None:
+            self.add(out, add, out)
+        if slope == 0:
+            self.relu(out, out)
+        elif slope != 1:
+            self.activate("leaky_relu", out, out, slope)
 
     def normalize_grad(
         self,
@@ -197,8 +213,10 @@ class Native(Reference):
         if _per_channel(x, mean, rstd, sum_dy, sum_dy_xhat):
             masked = () if y is None else (*_stored(y), slope)
             self._kernels.normalize_grad(*_stored(dy, x), mean, rstd, sum_dy, sum_dy_xhat, *masked)
-        else:
-            super().normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat, y, slope)
+            return
+        if y is not None:
+            self.activation_grad(dy, y, slope)
+        self._kernels.normalize_grad_of(*_stored(dy, x), mean, rstd, sum_dy, sum_dy_xhat)
 
     def normalize_dx(
         self,
@@ -214,7 +232,39 @@ class Native(Reference):
         if _per_channel(x, mean, rstd, gamma, mean_g, mean_g_xhat):
             self._kernels.normalize_dx(*_stored(dy, x), mean, rstd, gamma, mean_g, mean_g_xhat, *_stored(out))
         else:
-            super().normalize_dx(dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out)
+            self._kernels.normalize_dx_by(*_stored(dy, x), mean, rstd, gamma, mean_g, mean_g_xhat, *_stored(out))
+
+    def softmax(self, x: Floats, out: Floats) -> None:
+        self._kernels.softmax(*_stored(x, out))
+
+    def softmax_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
+        self._kernels.softmax_dx(*_stored(dy, y, out))
+
+    def cross_entropy(
+        self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
+    ) -> None:
+        self._kernels.cross_entropy(*_stored(logits), labels, weight, smoothing, loss, probability)
+
+    def cross_entropy_dx(
+        self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
+    ) -> None:
+        self._kernels.cross_entropy_dx(probability, labels, weight, smoothing, scale, *_stored(out))
+
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        self._kernels.label_scores(*_stored(logits), labels, weight, total, correct, count)
+
+    def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
+        self._kernels.pointwise_loss(kind, *_stored(x, target), loss, delta)
+
+    def pointwise_loss_dx(
+        self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
+    ) -> None:
+        self._kernels.pointwise_loss_dx(kind, *_stored(x, target), scale, *_stored(out), delta)
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        self._kernels.agreement(*_stored(x, target), out)
 
     def sgd_update(
         self, w: Floats, g: Floats, velocity: Floats, lr: float, momentum: float, weight_decay: float, nesterov: bool
@@ -248,7 +298,7 @@ class Native(Reference):
 
 
 def _per_channel(x: Array, *vectors: Array) -> bool:
-    """Whether each vector holds one number per channel of x: such normalization is compiled."""
+    """Whether each vector holds one number per channel of x, as in batch normalization."""
     return all(vector.shape == x.shape[-1:] for vector in vectors)
 
 

@@ -150,7 +150,7 @@ class Reference:
         add: Floats | None = None,
         slope: float = 1.0,
     ) -> None:
-        _require_slope(slope)
+        require_slope(slope)
         value = (x - mean) * rstd * gamma + beta
         if add is not None:
             value = value + add
@@ -200,7 +200,7 @@ class Reference:
         np.copyto(out, np.where(y > 0, dy, 0))
 
     def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
-        _require_slope(slope)
+        require_slope(slope)
         np.copyto(dy, slope * dy if slope else np.zeros_like(dy), where=~(y > 0))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
@@ -255,6 +255,18 @@ class Reference:
         out *= _rows(scale, out)
         out[~counts] = 0
 
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        if logits.size == 0:
+            for out in (total, correct, count):
+                out.fill(0)
+            return
+        counts, label = _classes(labels, logits.shape[-1])
+        total[...] = _per_sample(np.where(counts, weight[label].astype(np.float64), 0))
+        correct[...] = _per_sample(counts & (logits.argmax(axis=-1) == labels))
+        count[...] = _per_sample(counts)
+
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
         loss[...] = _per_sample(pointwise.loss(kind, x, target, delta))
 
@@ -262,6 +274,9 @@ class Reference:
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
         np.multiply(pointwise.loss_slope(kind, x, target, delta), _rows(scale, x), out=out)
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        out[...] = _per_sample((x > 0) == (target > 0.5))
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -319,7 +334,7 @@ def _finish(out: Array, bias: Array | None, slope: float) -> None:
         out[...] = pointwise.activation("leaky_relu", out, slope)
 
 
-def _require_slope(slope: float) -> None:
+def require_slope(slope: float) -> None:
     if not slope >= 0:
         raise ValueError(f"slope {slope}; a fused activation's is 0 or more")
 

@@ -15,8 +15,8 @@ from hpctrain.errors import PlanError
 from hpctrain.layers.base import Layer, Phase, Place
 from hpctrain.partition import Box, Shape, extent, volume, within
 
-SLAB = 2**20
-"""Random words, of 8 bytes, drawn at a time."""
+SLAB = 2**15
+"""Random words, of 8 bytes, drawn at a time: few, as they and the stream that they come from are temporary."""
 
 
 @dataclass(frozen=True)

@@ -140,4 +140,4 @@ class GroupNormOp:
 
     def _spread(self, values: Array) -> Array:
         """Values (N, groups) as (N, 1, .., C), each channel its group's."""
-        return values[:, self.group].reshape(self.shape)
+        return np.take(values, self.group, axis=1).reshape(self.shape)

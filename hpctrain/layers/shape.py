@@ -132,6 +132,7 @@ class ReshapeOp:
 
     def __init__(self, place: Place, shape: Shape) -> None:
         x, self.extents = place.shapes[0], extent(place.output)
+        self.packed: Array | None = None
         self.joined: list[int] = []
         """Per group, how many numbers its box of the input holds."""
         self.starts: list[int] = []
@@ -147,20 +148,31 @@ class ReshapeOp:
             self.steps.append([prod(outer[d + 1 :]) for d in range(len(outer))])
 
     def _view(self, x: Array) -> Array:
-        """The output's box in `x`; shares memory with it where `x` is contiguous."""
+        """The output's box in `x`, which is contiguous: a view."""
         if 0 in self.extents:
             return x.reshape(-1)[:0].reshape(self.extents)
         flat = x.reshape(len(x), *self.joined)[(slice(None), *(slice(start, None) for start in self.starts))]
         strides = [s * step for s, steps in zip(flat.strides[1:], self.steps, strict=True) for step in steps]
         return np.lib.stride_tricks.as_strided(flat, self.extents, (flat.strides[0], *strides))
 
+    def _contiguous(self, x: Array) -> Array:
+        """`x`, or where that is not contiguous, a contiguous array of its shape, made once."""
+        if x.flags.c_contiguous:
+            return x
+        if self.packed is None:
+            self.packed = np.empty(x.shape, x.dtype)
+        return self.packed
+
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        np.copyto(y, self._view(x[0]))
+        source = self._contiguous(x[0])
+        if source is not x[0]:
+            np.copyto(source, x[0])
+        np.copyto(y, self._view(source))
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         if dx[0] is None:
             return
-        into = dx[0] if dx[0].flags.c_contiguous else np.empty(dx[0].shape, dx[0].dtype)
+        into = self._contiguous(dx[0])
         into.fill(0)  # the box may hold more than the numbers between the first and the last
         np.copyto(self._view(into), dy)
         if into is not dx[0]:

@@ -32,6 +32,7 @@ from hpctrain.layers import (
     SoftmaxCrossEntropy,
 )
 from hpctrain.layers.activation import Activation
+from hpctrain.layers.dropout import SLAB
 from hpctrain.layers.loss import Elementwise
 from hpctrain.layers.resample import Resample
 from hpctrain.memory import mib
@@ -207,7 +208,7 @@ def _contiguous(box: Box, array: Shape, flipped: tuple[bool, ...]) -> bool:
 def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
     """Bytes of the temporaries of one layer, as measured: the arrays of NumPy formulas, those in float64 included.
 
-    Compiled kernels have none, but `native` inherits every operation that is not in its list COMPILED.
+    Compiled kernels have none, but for convolution in float64, which `native` leaves to NumPy.
     """
     layer, x, work = place.node.layer, place.inputs[0].box(rank), place.work.box(rank)
     output = volume(place.output.box(rank))
@@ -215,30 +216,29 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
     compiled, largest = backend == "native", max(output, *inputs)
     match layer:
         case Conv() | ConvTranspose() if compiled and itemsize == 4:  # packed, or by Winograd 36 numbers for 9 taps
-            spread = output * itemsize if isinstance(layer, ConvTranspose) else 0
-            return ENGINE_BYTES + 4 * itemsize * volume(place.weights["weight"].box(rank)) + spread
+            return ENGINE_BYTES + 4 * itemsize * volume(place.weights["weight"].box(rank))
         case Conv() | ConvTranspose():  # unfolded
             taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
             positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
             return min(COLUMN_BYTES, taps * volume(positions) * volume(channels) * itemsize) + output * itemsize
-        case BatchNorm() if compiled:  # the only norm whose statistics are one number per channel
+        case Dropout():  # random numbers
+            return 2 * FLOAT64 * min(output, SLAB)
+        case Dice():  # sums in double, of numbers cast by and by
+            return CAST_BYTES * (2 if itemsize == FLOAT64 else 3) if compiled else 2 * itemsize * inputs[0]
+        case _ if compiled:
             return 0
         case LayerNorm():
-            return (3 * FLOAT64 + 2 * itemsize) * output
+            return (3 * FLOAT64 + itemsize) * output
         case BatchNorm() | GroupNorm() | InstanceNorm():
             return 3 * FLOAT64 * output
         case SoftmaxCrossEntropy():  # shifted logits, and seven numbers per position
             return itemsize * inputs[0] + 7 * FLOAT64 * volume(x[:-1])
-        case Dice() | Elementwise():
+        case Elementwise():
             return _LOSS_ARRAYS.get(type(layer), 2) * itemsize * inputs[0]
         case Softmax() | Resample():
             return 2 * itemsize * largest
-        case Dropout():  # random numbers
-            return 2 * FLOAT64 * output
         case AvgPool():
             return itemsize * output
-        case _ if compiled:
-            return 0
         case GELU():  # the error function goes through Python's floats
             return (8 * FLOAT64 + 2 * itemsize) * output
         case Activation():
@@ -249,6 +249,9 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
 
 ENGINE_BYTES = 2 * 2**20
 """What the compiled convolution works in: blocks that stay in a core's cache."""
+
+CAST_BYTES = FLOAT64 * 2**13
+"""What NumPy casts the numbers of an array in."""
 
 _LOSS_ARRAYS = {BCEWithLogits: 3, Huber: 4}
 """Arrays as large as the predictions that a loss of elements takes, where they are not 2."""

@@ -21,5 +21,7 @@ constexpr const char* TAKES =
 
 void define_normalization(nanobind::module_& m);
 void define_engine(nanobind::module_& m);
+void define_losses(nanobind::module_& m);
+void define_positions(nanobind::module_& m);
 
 }  // namespace hpctrain

@@ -215,4 +215,6 @@ NB_MODULE(_native, m) {
     hpctrain::define_refusals(m);
     hpctrain::define_normalization(m);
     hpctrain::define_engine(m);
+    hpctrain::define_losses(m);
+    hpctrain::define_positions(m);
 }
