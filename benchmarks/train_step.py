@@ -1,6 +1,6 @@
 """How long a training step takes: hpctrain and PyTorch on the same networks, batches and weights, in turn.
 
-python benchmarks/train_step.py [--networks resnet18,lenet] [--threads 2] [--precision bf16] [--profile] [--quick] [--json]
+python benchmarks/train_step.py [--networks resnet18,lenet] [--threads 2] [--precision bf16] [--profile] [--quick]
 """
 
 from __future__ import annotations
