@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
-from hpctrain.backends.reference import Reference, require_slope
+from hpctrain.backends.reference import Reference
 from hpctrain.backends.rounding import in_float32
 from hpctrain.errors import BackendUnavailable
 from hpctrain.precision import BF16
@@ -186,18 +186,10 @@ class Native(Reference):
         add: Floats | None = None,
         slope: float = 1.0,
     ) -> None:
-        if _per_channel(x, mean, rstd, gamma, beta):
-            added = None if add is None else _stored(add)[0]
-            self._kernels.normalize(*_stored(x), mean, rstd, gamma, beta, *_stored(out), added, slope)
-            return
-        require_slope(slope)
-        self._kernels.normalize_by(*_stored(x), mean, rstd, gamma, beta, *_stored(out))
-        if add is not None:
-            self.add(out, add, out)
-        if slope == 0:
-            self.relu(out, out)
-        elif slope != 1:
-            self.activate("leaky_relu", out, out, slope)
+        per_channel = _per_channel(x, mean, rstd, gamma, beta)
+        compute = self._kernels.normalize if per_channel else self._kernels.normalize_by
+        added = None if add is None else _stored(add)[0]
+        compute(*_stored(x), mean, rstd, gamma, beta, *_stored(out), added, slope)
 
     def normalize_grad(
         self,

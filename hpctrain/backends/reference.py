@@ -150,7 +150,7 @@ class Reference:
         add: Floats | None = None,
         slope: float = 1.0,
     ) -> None:
-        require_slope(slope)
+        _require_slope(slope)
         value = (x - mean) * rstd * gamma + beta
         if add is not None:
             value = value + add
@@ -200,7 +200,7 @@ class Reference:
         np.copyto(out, np.where(y > 0, dy, 0))
 
     def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
-        require_slope(slope)
+        _require_slope(slope)
         np.copyto(dy, slope * dy if slope else np.zeros_like(dy), where=~(y > 0))
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
@@ -305,7 +305,7 @@ def _finish(out: Array, bias: Array | None, slope: float) -> None:
         out[...] = pointwise.activation("leaky_relu", out, slope)
 
 
-def require_slope(slope: float) -> None:
+def _require_slope(slope: float) -> None:
     if not slope >= 0:
         raise ValueError(f"slope {slope}; a fused activation's is 0 or more")
 

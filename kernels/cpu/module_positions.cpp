@@ -1,7 +1,10 @@
 // Average pooling, resampling, and normalization by statistics of any shape, in hpctrain._native.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
+
+#include <optional>
 
 #include "arrays.h"
 #include "bindings.h"
@@ -247,23 +250,33 @@ void define(nb::module_& m) {
 
     def(
         m, "normalize_by",
-        [](I x, StatisticIn mean, StatisticIn rstd, NumbersIn gamma, NumbersIn beta, O out) {
+        [](I x, StatisticIn mean, StatisticIn rstd, NumbersIn gamma, NumbersIn beta, O out,
+           const std::optional<In<S>>& add, double slope) {
             const char* name = "normalize_by";
+            require_slope(name, slope);
+            if (add) positions(name, 0, x, *add);
             positions(name, 0, x, out), require_pair(name, mean, rstd), require_pair(name, gamma, beta);
-            const Strides s = broadcast(name, x, mean), g = broadcast(name, x, gamma);
+            const S* added = add ? add->data() : nullptr;
+            const Strides s = broadcast(name, x, mean), g = broadcast(name, x, gamma), own = strides_of(x),
+                          a = add ? strides_of(*add) : own;
             const Index n = Index(x.shape(x.ndim() - 1));
             const bool statistic = has_last(name, x, s), each = has_last(name, x, g);
             if (by_sample(x, mean, gamma)) {
-                const auto rows = positions(name, 1, x, x, out);
+                Layout<3> rows;
+                for (size_t d = 1; d + 1 < x.ndim(); ++d)
+                    rows.append(Index(x.shape(d)), {own[d], a[d], Index(out.stride(d))});
+                rows.end_in_rows();
                 return in_tasks(Index(x.shape(0)), Index(x.size()), [&](Index i) {
-                    normalize_channels<S>(rows, n, x.data() + i * x.stride(0), mean.data() + i * s[0], rstd.data() + i * s[0],
-                                 gamma.data(), beta.data(), out.data() + i * out.stride(0));
+                    normalize<S>(rows, n, x.data() + i * own[0], added ? added + i * a[0] : nullptr,
+                                 mean.data() + i * s[0], rstd.data() + i * s[0], gamma.data(), beta.data(), slope,
+                                 out.data() + i * out.stride(0));
                 });
             }
-            normalize_by<S>(rows_of<4>(x, {strides_of(x), strides_of(out), s, g}), n, statistic, each, x.data(),
-                               mean.data(), rstd.data(), gamma.data(), beta.data(), out.data());
+            normalize_by<S>(rows_of<5>(x, {own, a, strides_of(out), s, g}), n, statistic, each, x.data(), added,
+                            mean.data(), rstd.data(), gamma.data(), beta.data(), slope, out.data());
         },
-        arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("beta"), arg("out"));
+        arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("beta"), arg("out"), arg("add") = nb::none(),
+        arg("slope") = 1.0);
 
     def(
         m, "normalize_grad_of",
@@ -288,7 +301,7 @@ void define(nb::module_& m) {
             if (by_sample(x, mean, gamma) && by_sample(x, mean_g, gamma)) {
                 const auto rows = positions(name, 1, dy, x, out);
                 return in_tasks(Index(x.shape(0)), Index(x.size()), [&](Index i) {
-                    normalize_dx_channels<S>(rows, n, dy.data() + i * dy.stride(0), x.data() + i * x.stride(0),
+                    normalize_dx<S>(rows, n, dy.data() + i * dy.stride(0), x.data() + i * x.stride(0),
                                     mean.data() + i * s[0], rstd.data() + i * s[0], gamma.data(),
                                     mean_g.data() + i * p[0], mean_g_xhat.data() + i * p[0],
                                     out.data() + i * out.stride(0));

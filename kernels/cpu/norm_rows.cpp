@@ -13,16 +13,24 @@ HPCTRAIN_INLINE double pick(const A* values, Index i) {
     return wide(values[EACH ? i : 0]);
 }
 
-template <bool SE, bool GE, class S, class A>
-HPCTRAIN_CLONES void forward(Index rows, Index n, const std::array<Index, 4>& step, const S* x, const double* mean,
-                             const double* rstd, const A* gamma, const A* beta, S* out) {
+// Where FUSED, `add` is added unless null, and what is then below 0 multiplied by the slope.
+template <bool SE, bool GE, bool FUSED, class S, class A>
+HPCTRAIN_CLONES void forward(Index rows, Index n, const std::array<Index, 5>& step, const S* x, const S* add,
+                             const double* mean, const double* rstd, const A* gamma, const A* beta, double slope,
+                             S* out) {
     for (Index r = 0; r < rows; ++r) {
 #pragma GCC ivdep
         for (Index i = 0; i < n; ++i) {
             const double xhat = (wide(x[i]) - pick<SE>(mean, i)) * pick<SE>(rstd, i);
-            out[i] = narrow<S>(xhat * pick<GE>(gamma, i) + pick<GE>(beta, i));
+            double value = xhat * pick<GE>(gamma, i) + pick<GE>(beta, i);
+            if (FUSED) {
+                if (add) value += wide(add[i]);
+                value = value < 0 ? (slope == 0 ? 0 : slope * value) : value;
+            }
+            out[i] = narrow<S>(value);
         }
-        x += step[0], out += step[1], mean += step[2], rstd += step[2], gamma += step[3], beta += step[3];
+        x += step[0], out += step[2], mean += step[3], rstd += step[3], gamma += step[4], beta += step[4];
+        if (FUSED && add) add += step[1];
     }
 }
 
@@ -61,13 +69,17 @@ void choose(bool flag, Work work) {
 }  // namespace
 
 template <class S>
-void normalize_by(const Layout<4>& layout, Index n, bool each_statistic, bool each_gamma, const S* x,
-                  const double* mean, const double* rstd, const Real<S>* gamma, const Real<S>* beta, S* out) {
+void normalize_by(const Layout<5>& layout, Index n, bool each_statistic, bool each_gamma, const S* x, const S* add,
+                  const double* mean, const double* rstd, const Real<S>* gamma, const Real<S>* beta, double slope,
+                  S* out) {
     choose(each_statistic, [&](auto s) {
         choose(each_gamma, [&](auto g) {
-            by_rows(layout, n, [&](Index rows, auto& at, auto& step) {
-                forward<s.value, g.value>(rows, n, step, x + at[0], mean + at[2], rstd + at[2], gamma + at[3],
-                                          beta + at[3], out + at[1]);
+            choose(add || slope != 1, [&](auto fused) {
+                by_rows(layout, n, [&](Index rows, auto& at, auto& step) {
+                    forward<s.value, g.value, fused.value>(rows, n, step, x + at[0], add ? add + at[1] : nullptr,
+                                                           mean + at[3], rstd + at[3], gamma + at[4], beta + at[4],
+                                                           slope, out + at[2]);
+                });
             });
         });
     });
@@ -90,11 +102,11 @@ void normalize_dx_by(const Layout<6>& layout, Index n, bool each_statistic, bool
     });
 }
 
-#define HPCTRAIN_FOR(S)                                                                                           \
-    template void normalize_by<S>(const Layout<4>&, Index, bool, bool, const S*, const double*, const double*,    \
-                                     const Real<S>*, const Real<S>*, S*);                                                        \
-    template void normalize_dx_by<S>(const Layout<6>&, Index, bool, bool, bool, const S*, const S*, const double*, \
-                                        const double*, const Real<S>*, const double*, const double*, S*);
+#define HPCTRAIN_FOR(S)                                                                                              \
+    template void normalize_by<S>(const Layout<5>&, Index, bool, bool, const S*, const S*, const double*,            \
+                                  const double*, const Real<S>*, const Real<S>*, double, S*);                        \
+    template void normalize_dx_by<S>(const Layout<6>&, Index, bool, bool, bool, const S*, const S*, const double*,    \
+                                     const double*, const Real<S>*, const double*, const double*, S*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)
 HPCTRAIN_FOR(bf16)

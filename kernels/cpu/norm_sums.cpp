@@ -211,7 +211,7 @@ void moments_of(const Reduction<1>& over, const S* x, double* mean, double* m2) 
     if (over.columns > 0) {  // each row of sums is what batch normalization takes
         in_tasks(over.kept.size(), over.kept.size() * over.summed.size() * over.columns, [&](Index n) {
             by_span(over.kept, n, n + 1, [&](Index, auto& at) {
-                moments_channels<S>(over.summed, over.columns, x + at[0], mean + at[1], m2 + at[1]);
+                moments<S>(over.summed, over.columns, x + at[0], mean + at[1], m2 + at[1]);
             });
         });
         return;
@@ -232,16 +232,16 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
                        const double* rstd, double* sum_dy, double* sum_dy_xhat) {
     const bool one = fixed(over.summed, 2);
     if (over.columns > 0 && each && one) {  // each row of sums is what batch normalization takes
-        Layout<2> rows;
+        Layout<3> rows;  // of dy twice, as normalize_grad can change it
         for (int d = 0; d < over.summed.dims; ++d) {
             const auto& step = over.summed.stride[size_t(d)];
-            rows.append(over.summed.extent[size_t(d)], {step[0], step[1]});
+            rows.append(over.summed.extent[size_t(d)], {step[0], step[1], step[0]});
         }
         rows.end_in_rows();
         return in_tasks(over.kept.size(), over.kept.size() * over.summed.size() * over.columns, [&](Index n) {
             by_span(over.kept, n, n + 1, [&](Index, auto& at) {
-                normalize_grad_channels<S>(rows, over.columns, dy + at[0], x + at[1], mean + at[2], rstd + at[2],
-                                  sum_dy + at[3], sum_dy_xhat + at[3]);
+                normalize_grad<S>(rows, over.columns, const_cast<S*>(dy) + at[0], x + at[1], nullptr, 1, mean + at[2],
+                                  rstd + at[2], sum_dy + at[3], sum_dy_xhat + at[3]);
             });
         });
     }

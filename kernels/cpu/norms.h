@@ -17,38 +17,6 @@ struct Reduction {
     Index columns = 0;
 };
 
-// --- where they are one number per channel of a sample: the kernels of batch normalization ---
-
-template <class S>
-void moments_channels(const Layout<1>& rows, Index channels, const S* x, double* mean, double* m2) {
-    moments<S>(rows, channels, x, mean, m2);
-}
-
-template <class S>
-void normalize_grad_channels(const Layout<2>& rows, Index channels, const S* dy, const S* x, const double* mean,
-                             const double* rstd, double* sum_dy, double* sum_dy_xhat) {
-    Layout<3> same;  // as normalize_grad can change dy
-    for (int d = 0; d < rows.dims; ++d) {
-        const auto& step = rows.stride[size_t(d)];
-        same.append(rows.extent[size_t(d)], {step[0], step[1], step[0]});
-    }
-    same.end_in_rows();
-    normalize_grad<S>(same, channels, const_cast<S*>(dy), x, nullptr, 1, mean, rstd, sum_dy, sum_dy_xhat);
-}
-
-template <class S>
-void normalize_channels(const Layout<3>& rows, Index channels, const S* x, const double* mean, const double* rstd,
-                        const Real<S>* gamma, const Real<S>* beta, S* out) {
-    normalize<S>(rows, channels, x, nullptr, mean, rstd, gamma, beta, 1, out);
-}
-
-template <class S>
-void normalize_dx_channels(const Layout<3>& rows, Index channels, const S* dy, const S* x, const double* mean,
-                           const double* rstd, const Real<S>* gamma, const double* mean_g, const double* mean_g_xhat,
-                           S* out) {
-    normalize_dx<S>(rows, channels, dy, x, mean, rstd, gamma, mean_g, mean_g_xhat, out);
-}
-
 // --- norm_sums.cpp ---
 
 template <class S>
@@ -60,11 +28,13 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
 
 // --- norm_rows.cpp ---
 
-// Layouts: x, out, mean and rstd, gamma and beta; dy, x, out, mean and rstd, gamma, both means. The last dim, of `n`
-// contiguous elements, is not in them; `each_*` says which of the statistics, of gamma, of both means have it.
+// Layouts: x, add, out, mean and rstd, gamma and beta; dy, x, out, mean and rstd, gamma, both means. The last dim, of
+// `n` contiguous elements, is not in them; `each_*` says which of the statistics, of gamma, of both means have it.
+// `add` may be null.
 template <class S>
-void normalize_by(const Layout<4>& rows, Index n, bool each_statistic, bool each_gamma, const S* x, const double* mean,
-                  const double* rstd, const Real<S>* gamma, const Real<S>* beta, S* out);
+void normalize_by(const Layout<5>& rows, Index n, bool each_statistic, bool each_gamma, const S* x, const S* add,
+                  const double* mean, const double* rstd, const Real<S>* gamma, const Real<S>* beta, double slope,
+                  S* out);
 template <class S>
 void normalize_dx_by(const Layout<6>& rows, Index n, bool each_statistic, bool each_gamma, bool each_mean, const S* dy,
                      const S* x, const double* mean, const double* rstd, const Real<S>* gamma, const double* mean_g,
