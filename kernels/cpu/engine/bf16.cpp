@@ -86,10 +86,109 @@ const Winograd* faster(const Engine& e, const Convolution& c, bool exact) {
     return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
 }
 
+// The instructions for pairs of bfloat16, where they serve for sums over `channels` of each group.
+const Pairs* in_pairs(const Engine& e, const Convolution& c, Index channels) {
+    return c.depthwise() || (c.groups > 1 && channels % 2) || channels == 0 ? nullptr : e.pairs;
+}
+
+Strides half(const Strides& strides) { return {strides[0] / 2, strides[1] / 2, strides[2] / 2, strides[3] / 2}; }
+
+// An array of which pairs of channels are read: as it lies where all strides are even, else as a copy.
+struct PairedChannels {
+    const float* data;
+    Strides strides;  // in pairs
+
+    PairedChannels(const Pairs& pairs, const Rows& rows, const Bf16* array, Scratch& scratch)
+        : data(reinterpret_cast<const float*>(array)), strides(half(rows.array)) {
+        const Strides& s = rows.array;
+        if ((rows.channels | s[0] | s[1] | s[2] | s[3]) % 2 == 0) return;
+        const Index channels = (rows.channels + 1) / 2;
+        Rows copied = rows;
+        copied.copy = contiguous(rows.extent, 2 * channels);
+        strides = half(copied.copy);
+        float* copy = scratch.array<float>(rows.samples * positions(rows.extent) * channels);
+        pairs.pad(copied, array, reinterpret_cast<Bf16*>(copy));
+        data = copy;
+    }
+};
+
 const float* widened(const Engine& e, const Rows& rows, const Bf16* from, Scratch& scratch) {
     float* to = scratch.array<float>(size(rows));
     e.widen(rows, from, to);
     return to;
+}
+
+// A convolution whose sums run over pairs of channels, and its packed weights.
+struct Paired {
+    Convolution c;
+    const float* packed;
+};
+
+Paired pair_forward(const Pairs& pairs, const Convolution& c, const Bf16* w, Scratch& scratch) {
+    Convolution of = c;
+    of.channels = (c.channels + 1) / 2;
+    of.w = contiguous({c.kernel[1], c.kernel[2], of.channels}, c.groups * c.filters);
+    float* words = scratch.array<float>(size(w_rows(of)));
+    Rows rows = w_rows(c);
+    rows.copy = of.w;
+    rows.extent[2] = c.channels / 2;
+    rows.array[3] *= 2;
+    pairs.pair(rows, w, w + c.w[3], words);
+    if (c.channels % 2) {
+        rows.extent[2] = 1;
+        pairs.pair(rows, w + (c.channels - 1) * c.w[3], nullptr, words + (of.channels - 1) * of.w[3]);
+    }
+    float* packed = scratch.array<float>(pairs.packed_size(of));
+    pairs.pack(of, words, packed);
+    return {of, packed};
+}
+
+Paired pair_backward(const Pairs& pairs, const Convolution& c, const Bf16* w, Scratch& scratch) {
+    Convolution of = c;
+    const PairedChannels words(pairs, w_rows(c), w, scratch);
+    of.filters = (c.filters + 1) / 2;
+    of.w = words.strides;
+    float* packed = scratch.array<float>(pairs.packed_dx_size(of));
+    pairs.pack_dx(of, words.data, packed);
+    return {of, packed};
+}
+
+// An array in pairs (sample, sample + half of them), or of one sample (row, row + half of the output rows); an odd one
+// out is paired with zeros. `shift`: where the second half begins; `common`, `all`: how many of the split dim (0: the
+// samples) have a partner, and how many there are.
+const float* paired_halves(const Pairs& pairs, Rows rows, size_t split, Index common, Index all, const Bf16* array,
+                           Index shift, Scratch& scratch) {
+    Index& count = split ? rows.extent[split - 1] : rows.samples;
+    count = all;
+    rows.copy = contiguous(rows.extent, rows.channels);
+    float* words = scratch.array<float>(size(rows));
+    count = common;
+    pairs.pair(rows, array, array + shift, words);
+    count = all - common;
+    if (count > 0) pairs.pair(rows, array + common * rows.array[split], nullptr, words + common * rows.copy[split]);
+    return words;
+}
+
+void conv_dw_in_pairs(const Pairs& pairs, const Convolution& part, const Convolution& strided, int dim, const Bf16* x,
+                      const Bf16* dy, float* dw) {
+    Scratch scratch;
+    Convolution of = part;
+    const Index stride = part.stride[size_t(dim)];
+    const size_t split = part.samples > 1 ? 0 : size_t(dim) + 1;
+    const Index all = split ? part.output[size_t(dim)] : part.samples, low = (all + 1) / 2, high = all - low;
+    Index low_x = low, high_x = high, shift = low * strided.x[split];
+    if (split) {
+        const Index more = span(part, dim) - stride;
+        low_x = low * stride + more, high_x = high > 0 ? high * stride + more : 0, shift *= stride;
+        of.output[size_t(dim)] = low, of.input[size_t(dim)] = low_x;
+    } else {
+        of.samples = low;
+    }
+    of.x = contiguous(of.input, of.groups * of.channels), of.y = contiguous(of.output, of.groups * of.filters);
+    const float* inputs = paired_halves(pairs, x_rows(of, strided.x), split, high_x, low_x, x, shift, scratch);
+    const float* slopes =
+        paired_halves(pairs, y_rows(of, strided.y), split, high, low, dy, low * strided.y[split], scratch);
+    pairs.conv_dw(of, inputs, slopes, dw);
 }
 
 }  // namespace
@@ -97,10 +196,12 @@ const float* widened(const Engine& e, const Rows& rows, const Bf16* from, Scratc
 void conv(const Convolution& c, const Bf16* x, const Bf16* w, const Epilogue& epilogue, bool exact, Bf16* y) {
     const Engine& e = engine();
     const Winograd* winograd = faster(e, c, exact);
+    const Pairs* pairs = winograd ? nullptr : in_pairs(e, c, c.channels);
     const Cut cut(c, c.output, winograd);
     Scratch scratch;
-    const float* weights = widened(e, w_rows(c), w, scratch);
-    if (!winograd) {
+    const Paired paired = pairs ? pair_forward(*pairs, c, w, scratch) : Paired{};
+    const float* weights = pairs ? nullptr : widened(e, w_rows(c), w, scratch);
+    if (!winograd && !pairs) {
         float* packed = scratch.array<float>(e.packed_size(c));
         e.pack(part_of(c, cut.dim, 0, 0, 0), weights, packed);
         weights = packed;
@@ -109,12 +210,19 @@ void conv(const Convolution& c, const Bf16* x, const Bf16* w, const Epilogue& ep
         Scratch room;
         const Convolution part = part_of(c, cut.dim, samples, first, last);
         const Index from = sample * c.x[0] + first * c.stride[size_t(cut.dim)] * c.x[size_t(cut.dim) + 1];
-        const float* inputs = widened(e, x_rows(part, c.x), x + from, room);
         float* outputs = room.array<float>(size(y_rows(part, c.y)));
-        if (winograd) {
-            winograd->conv(part, inputs, weights, epilogue, outputs, {});
+        if (pairs) {
+            const PairedChannels inputs(*pairs, x_rows(part, c.x), x + from, room);
+            Convolution of = part;
+            of.channels = paired.c.channels, of.w = paired.c.w, of.x = inputs.strides;
+            pairs->conv(of, inputs.data, paired.packed, epilogue, outputs);
         } else {
-            e.conv(part, inputs, weights, epilogue, outputs);
+            const float* inputs = widened(e, x_rows(part, c.x), x + from, room);
+            if (winograd) {
+                winograd->conv(part, inputs, weights, epilogue, outputs, {});
+            } else {
+                e.conv(part, inputs, weights, epilogue, outputs);
+            }
         }
         e.narrow(y_rows(part, c.y), outputs, y + (sample * c.y[0] + first * c.y[size_t(cut.dim) + 1]));
     });
@@ -123,11 +231,13 @@ void conv(const Convolution& c, const Bf16* x, const Bf16* w, const Epilogue& ep
 void conv_dx(const Convolution& c, const Bf16* dy, const Bf16* w, bool exact, Bf16* dx) {
     const Engine& e = engine();
     const Winograd* winograd = faster(e, c, exact);
+    const Pairs* pairs = winograd ? nullptr : in_pairs(e, c, c.filters);
     const Cut cut(c, c.input, winograd);
     const size_t dim = size_t(cut.dim);
     Scratch scratch;
-    const float* weights = widened(e, w_rows(c), w, scratch);
-    if (!winograd) {
+    const Paired paired = pairs ? pair_backward(*pairs, c, w, scratch) : Paired{};
+    const float* weights = pairs ? nullptr : widened(e, w_rows(c), w, scratch);
+    if (!winograd && !pairs) {
         float* packed = scratch.array<float>(e.packed_dx_size(c));
         e.pack_dx(part_of(c, cut.dim, 0, 0, 0), weights, packed);
         weights = packed;
@@ -142,12 +252,19 @@ void conv_dx(const Convolution& c, const Bf16* dy, const Bf16* w, bool exact, Bf
         Scratch room;
         const Convolution part = part_of(c, cut.dim, samples, begin, end, std::max(last, reached) - start);
         const Bf16* from = dy + (sample * c.y[0] + begin * c.y[dim + 1]);
-        const float* slopes = widened(e, y_rows(part, c.y), from, room);
         float* sums = room.array<float>(size(x_rows(part, c.x)));
-        if (winograd) {
-            winograd->conv_dx(part, slopes, weights, sums, {});
+        if (pairs) {
+            const PairedChannels slopes(*pairs, y_rows(part, c.y), from, room);
+            Convolution of = part;
+            of.filters = paired.c.filters, of.w = paired.c.w, of.y = slopes.strides;
+            pairs->conv_dx(of, slopes.data, paired.packed, sums);
         } else {
-            e.conv_dx(part, slopes, weights, sums);
+            const float* slopes = widened(e, y_rows(part, c.y), from, room);
+            if (winograd) {
+                winograd->conv_dx(part, slopes, weights, sums, {});
+            } else {
+                e.conv_dx(part, slopes, weights, sums);
+            }
         }
         Rows rows = x_rows(part, c.x);
         rows.extent[dim] = last - first;
@@ -161,77 +278,28 @@ void conv_dw(const Convolution& c, const Bf16* x, const Bf16* dy, bool exact, fl
     const Winograd* winograd = faster(e, c, exact);
     const Cut cut(c, c.output, winograd);
     if (c.samples * positions(c.output) == 0) return e.conv_dw(c, nullptr, nullptr, dw);
-    Rows rows = w_rows(c);
+    const Rows rows = w_rows(c);
     bool add = false;
     cut.each(c, c.output, [&](Index sample, Index samples, Index first, Index last) {
         Scratch room;
         Convolution part = part_of(c, cut.dim, samples, first, last);
         const Index from_x = sample * c.x[0] + first * c.stride[size_t(cut.dim)] * c.x[size_t(cut.dim) + 1];
-        const float* inputs = widened(e, x_rows(part, c.x), x + from_x, room);
         const Index from_y = sample * c.y[0] + first * c.y[size_t(cut.dim) + 1];
-        const float* slopes = widened(e, y_rows(part, c.y), dy + from_y, room);
         float* sums = add ? room.array<float>(size(rows)) : dw;
         if (!add) part.w = c.w;
-        if (winograd) {
-            winograd->conv_dw(part, inputs, slopes, sums, {});
+        if (!winograd && e.pairs) {
+            conv_dw_in_pairs(*e.pairs, part, c, cut.dim, x + from_x, dy + from_y, sums);
         } else {
-            e.conv_dw(part, inputs, slopes, sums);
+            const float* inputs = widened(e, x_rows(part, c.x), x + from_x, room);
+            const float* slopes = widened(e, y_rows(part, c.y), dy + from_y, room);
+            if (winograd) {
+                winograd->conv_dw(part, inputs, slopes, sums, {});
+            } else {
+                e.conv_dw(part, inputs, slopes, sums);
+            }
         }
         if (add) e.add(rows, sums, dw);
         add = true;
-    });
-}
-
-namespace {
-
-constexpr Index BLOCK = 256, BLOCK_TERMS = 1024;  // rows and columns, and terms, of products of converted blocks
-
-// Rows [row, row + rows) and columns alike of a matrix, as floats.
-Matrix block_of(const Engine& e, Bf16Matrix a, Index row, Index rows, Index column, Index columns, float* room) {
-    const Bf16* from = a.data + (row * a.row + column * a.column);
-    const bool turned = a.column != 1;
-    const Index lines = turned ? columns : rows, length = turned ? rows : columns, step = turned ? a.column : a.row;
-    e.widen({1, {1, 1, lines}, length, {0, 0, 0, step}, {0, 0, 0, length}}, from, room);
-    return turned ? Matrix{room, 1, length} : Matrix{room, length, 1};
-}
-
-// Calls store(row, rows, column, columns, sums) for blocks of the product.
-template <class Store>
-void multiply(Index m, Index n, Index k, Bf16Matrix a, Bf16Matrix b, const Epilogue& epilogue, Store store) {
-    const Engine& e = engine();
-    Scratch scratch;
-    float* left = scratch.array<float>(BLOCK * BLOCK_TERMS);
-    float* right = scratch.array<float>(BLOCK * BLOCK_TERMS);
-    float* sums = scratch.array<float>(BLOCK * BLOCK);
-    for (Index column = 0; column < n; column += BLOCK) {
-        const Index columns = std::min(BLOCK, n - column);
-        for (Index row = 0; row < m; row += BLOCK) {
-            const Index rows = std::min(BLOCK, m - row);
-            for (Index term = 0; term < k || term == 0; term += BLOCK_TERMS) {
-                const Index terms = std::min(BLOCK_TERMS, k - term);
-                Epilogue part{nullptr, term > 0, term + terms == k ? epilogue.slope : 1};
-                if (term == 0 && epilogue.bias) part.bias = epilogue.bias + column;
-                e.gemm(rows, columns, terms, block_of(e, a, row, rows, term, terms, left),
-                       block_of(e, b, term, terms, column, columns, right), part, sums, columns);
-            }
-            store(e, Rows{1, {1, 1, rows}, columns, {}, {0, 0, 0, columns}}, row, column, sums);
-        }
-    }
-}
-
-}  // namespace
-
-void gemm(Index m, Index n, Index k, Bf16Matrix a, Bf16Matrix b, const Epilogue& epilogue, Bf16* c, Index c_row) {
-    multiply(m, n, k, a, b, epilogue, [=](const Engine& e, Rows rows, Index row, Index column, const float* sums) {
-        rows.array[3] = c_row;
-        e.narrow(rows, sums, c + (row * c_row + column));
-    });
-}
-
-void gemm(Index m, Index n, Index k, Bf16Matrix a, Bf16Matrix b, const Epilogue& epilogue, float* c, Index c_row) {
-    multiply(m, n, k, a, b, epilogue, [=](const Engine&, Rows rows, Index row, Index column, const float* sums) {
-        for (Index i = 0; i < rows.extent[2]; ++i)
-            std::copy_n(sums + i * rows.channels, rows.channels, c + ((row + i) * c_row + column));
     });
 }
 

@@ -38,4 +38,10 @@ inline void store(Bf16* p, V v, int n) {
     __builtin_memcpy(p, &half, size_t(n) * sizeof(Bf16));
 }
 
+// The first n <= W pairs of what stands at `low` and at `high`, zeros beyond; `high` may be null, which is zeros.
+inline V paired(const Bf16* low, const Bf16* high, int n) {
+    const auto bits = [n](const Bf16* p) { return n == W ? load(p) : load(p, n); };
+    return V((Bits(bits(low)) >> 16) | (high ? Bits(bits(high)) : Bits{}));
+}
+
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -58,10 +58,7 @@ struct Rows {
 
 struct Winograd;  // winograd.h
 
-struct Engine {
-    const char* isa;
-    const Winograd* winograd;
-
+struct Products {
     // Packed weights of `conv` and of `conv_dx`: their size in floats, and how to make them. Good for every input of
     // the same kernel, channels and groups.
     Index (*packed_size)(const Convolution&);
@@ -75,6 +72,15 @@ struct Engine {
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
     // c (m, n), rows `row` apart, = epilogue(a (m, k) b (k, n))
     void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
+};
+
+struct Pairs;  // bf16.h
+
+struct Engine : Products {
+    const char* isa;
+    const Winograd* winograd;
+    const Pairs* pairs;  // null where the processor has no products of bfloat16
+
     // An array of bfloat16 to its copy, and back, rounded to nearest, ties to even; NaN stays NaN.
     void (*widen)(const Rows&, const Bf16* array, float* copy);
     void (*narrow)(const Rows&, const float* copy, Bf16* array);

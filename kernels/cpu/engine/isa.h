@@ -1,7 +1,7 @@
 // What the files of one instruction set define, each in its namespace.
 #pragma once
 
-#include "engine.h"
+#include "bf16.h"
 
 namespace hpctrain {
 
@@ -13,6 +13,10 @@ extern const Engine ENGINE;
 }
 namespace avx512 {
 extern const Engine ENGINE;
+}
+
+namespace avx512_bf16 {
+extern const Pairs PAIRS;
 }
 
 #ifdef HPCTRAIN_ISA
@@ -38,6 +42,12 @@ void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float*
 void widen(const Rows&, const Bf16* array, float* copy);
 void narrow(const Rows&, const float* copy, Bf16* array);
 void add(const Rows&, const float* copy, float* array);
+
+// --- pairs.cpp ---
+void pair(const Rows&, const Bf16* low, const Bf16* high, float* pairs);
+void pad(const Rows&, const Bf16* array, Bf16* copy);
+void gemm_unpaired(Index m, Index n, Index k, Matrix a, const Bf16* b, Index b_row, const Epilogue&, float* c,
+                   Index row);
 
 }  // namespace HPCTRAIN_ISA
 #endif
