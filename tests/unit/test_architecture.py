@@ -14,7 +14,17 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 
 LEVELS = {
     0: (
-        *("partition", "precision", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment"),
+        *(
+            "partition",
+            "precision",
+            "regions",
+            "errors",
+            "config",
+            "toml_text",
+            "toml_errors",
+            "randomness",
+            "environment",
+        ),
         *("durable", "memory"),
     ),
     1: ("comm", "backends"),

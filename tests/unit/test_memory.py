@@ -40,6 +40,7 @@ from hpctrain.layers import (
 from hpctrain.partition import Partition, Shape
 from hpctrain.planner import memory
 from hpctrain.planner.plan import Plan, uniform
+from hpctrain.planner.schedule import Economy
 
 
 def small() -> Graph:
@@ -258,4 +259,6 @@ def test_of_a_run_takes_precision_and_optimizer_from_the_config(optimizer: Any, 
         train=Train(epochs=1, batch=2, precision="float64"),
         run=Run(folder="nowhere"),
     )
-    assert memory.of_run(config, net, plan) == memory.predict(net, plan, precision="float64", optimizer_arrays=arrays)
+    lean = Economy(fuse=True, reuse=True)
+    expected = memory.predict(net, plan, precision="float64", optimizer_arrays=arrays, economy=lean)
+    assert memory.of_run(config, net, plan) == expected
