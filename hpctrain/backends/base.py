@@ -4,6 +4,9 @@ Arrays are channels last, `(N, [D,] H, W, C)`, weights `([kd,] kh, kw, Cin, Cout
 Every operation writes into `out`, which the caller owns; `*_grad` and `conv_dw` overwrite, they do not add.
 A convolution or pooling input arrives assembled: its halo and padding are already part of `x`, so its output extent is
 exactly `(extent - dilation * (kernel - 1) - 1) // stride + 1`. NaN and infinity pass through every operation.
+
+Where arrays are bfloat16 (`ml_dtypes.bfloat16`), sums are float32, and so are vectors (biases, gamma, beta) and every
+gradient by a weight; what is stored as bfloat16 is rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class Backend(Protocol):
 
     name: str
     dtypes: tuple[str, ...]
-    """Float types that it computes in, e.g. ("float32", "float64")."""
+    """Float types that it computes in, e.g. ("float32", "float64", "bfloat16")."""
 
     def describe(self) -> str:
         """One line for the run's log: what computes what."""
@@ -41,8 +44,21 @@ class Backend(Protocol):
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         """out[n, o, k] = sum over taps t and c of x[n, o * stride + t * dilation, c] w[t, c, k] (cross-correlation).
+
+        Then `bias` (filters,) is added, and what is <= 0 becomes `slope` times itself: 0 is `relu`, other slopes are
+        leaky_relu, and 1 changes nothing.
 
         With `groups`, channels of x and filters fall into as many equal runs, and each run of filters reads its own run
         of channels: w is (*kernel, C / groups, filters).
@@ -54,14 +70,29 @@ class Backend(Protocol):
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         """Adjoint of `conv` in w."""
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        """out = op(a) @ op(b) for matrices; op transposes where asked."""
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        """out = op(a) @ op(b) for matrices; op transposes where asked. `bias` and `slope` as of `conv`."""
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         """y[..., c] += b[c], in place."""
 
     def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
         """out[c] = sum of dy[..., c]. Where y is given, first `activation_grad(dy, y, slope)`, which changes dy."""
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        """out = x, from bfloat16 to float32. 1D arrays."""
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        """out = x, from float32 to bfloat16: to nearest, ties to even. 1D arrays."""
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 

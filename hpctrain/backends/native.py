@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
 from hpctrain.backends.reference import Reference
+from hpctrain.backends.rounding import in_float32
 from hpctrain.errors import BackendUnavailable
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
+from hpctrain.precision import BF16
 
 COMPILED = (
-    *("conv", "conv_dx", "conv_dw", "gemm"),
+    *("conv", "conv_dx", "conv_dw", "gemm", "widen", "narrow"),
     *("add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "bias_add", "bias_grad"),
     *("max_pool", "max_pool_dx", "sum_positions", "spread_positions"),
     *("avg_pool", "avg_pool_dx", "resample", "resample_dx"),
@@ -26,10 +25,14 @@ COMPILED = (
 )
 """The operations that compiled kernels compute; the others are inherited from `Reference`.
 
-Convolution and matrix multiplication in float32, in float64 as `Reference`.
+Convolution and matrix multiplication in float32 and bf16, in float64 as `Reference`.
 """
 
+OF_BF16 = tuple(name for name in COMPILED if not name.endswith("_update") and name != "sum_squares")
+"""Those that take arrays of bf16; the others compute on copies in float32."""
 
+
+@in_float32("describe", "use_threads", *OF_BF16)
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 
@@ -60,29 +63,55 @@ class Native(Reference):
     def use_threads(self, count: int) -> None:
         self._kernels.use_threads(count)
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        if out.dtype == np.float32:
-            self._kernels.conv(x, w, out, stride, dilation, groups, exact=self._exact)
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        if x.dtype != np.float64:
+            arrays = _bits(x), _bits(w), _bits(out)
+            self._kernels.conv(*arrays, stride, dilation, groups, bias, exact=self._exact, slope=slope)
         else:
-            super().conv(x, w, out, stride, dilation, groups)
+            super().conv(x, w, out, stride, dilation, groups, bias, slope)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        if out.dtype == np.float32:
-            self._kernels.conv_dx(dy, w, out, stride, dilation, groups, exact=self._exact)
+        if dy.dtype != np.float64:
+            self._kernels.conv_dx(_bits(dy), _bits(w), _bits(out), stride, dilation, groups, exact=self._exact)
         else:
             super().conv_dx(dy, w, out, stride, dilation, groups)
 
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
-        if out.dtype == np.float32:
-            self._kernels.conv_dw(x, dy, out, stride, dilation, groups, exact=self._exact)
+        if x.dtype != np.float64:
+            self._kernels.conv_dw(_bits(x), _bits(dy), out, stride, dilation, groups, exact=self._exact)
         else:
             super().conv_dw(x, dy, out, stride, dilation, groups)
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        if out.dtype == np.float32:
-            self._kernels.gemm(a, b, out, transpose_a, transpose_b)
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        if a.dtype != np.float64:
+            self._kernels.gemm(_bits(a), _bits(b), _bits(out), transpose_a, transpose_b, bias, slope=slope)
         else:
-            super().gemm(a, b, out, transpose_a, transpose_b)
+            super().gemm(a, b, out, transpose_a, transpose_b, bias, slope)
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        self._kernels.widen(_bits(x), out)
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        self._kernels.narrow(x, _bits(out))
 
     def add(self, a: Floats, b: Floats, out: Floats) -> None:
         self._kernels.add(*_stored(a, b, out))
@@ -265,9 +294,14 @@ def _per_channel(x: Array, *vectors: Array) -> bool:
     return all(vector.shape == x.shape[-1:] for vector in vectors)
 
 
+def _bits(a: Array) -> Array:
+    """An array as the kernels take it: bf16, which NumPy does not know, as the uint16 that hold its bits."""
+    return a.view(np.uint16) if a.dtype == BF16 else a
+
+
 def _stored(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays as the kernels take them: bf16, which NumPy does not know, as the uint16 that hold its bits."""
-    return tuple(a.view(np.uint16) if isinstance(a, np.ndarray) and a.dtype == BF16 else a for a in arrays)
+    """`_bits` of each."""
+    return tuple(map(_bits, arrays))
 
 
 def _import_kernels() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Dropout(Layer):
     y = x.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     rate: float = 0.5
     whole_channels: bool = False
 

@@ -31,6 +31,7 @@ class Loss(Layer):
     are dealt out among the ranks that share them.
     """
 
+    keeps_output: ClassVar[bool] = False
     inputs: ClassVar[range] = range(2, 3)
     score: ClassVar[str]
     """What column SCORE, divided by COUNT, is called in the metrics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class BatchNorm(Layer):
     unbiased one); evaluation uses the running ones.
     """
 
+    keeps_output: ClassVar[bool] = False
+    takes_tail: ClassVar[bool] = True
+    takes_addend: ClassVar[bool] = True
     eps: float = 1e-5
     momentum: float = 0.1
     groups: int = 1
@@ -55,16 +59,29 @@ class BatchNorm(Layer):
 
 
 class BatchNormOp:
-    """Two small allgathers a step, merged in rank order: all ranks hold the same bits. Empty blocks take part too."""
+    """Two small allgathers a step, merged in rank order: all ranks hold the same bits. Empty blocks take part too.
+
+    With a tail it then adds its second input, and rectifies; dy first becomes the gradient before that.
+    """
 
     def __init__(self, layer: BatchNorm, place: Place) -> None:
-        self.layer, self.backend, self.comm = layer, place.backend, place.comm
+        self.layer, self.backend, self.comm, self.tail = layer, place.backend, place.comm, place.tail
         self.parts = _groups(layer.groups, place.shapes[0][0], place.output)
         self.shape = (layer.groups, *extent(place.output[-1:]))
         self.mean, self.rstd = np.zeros((2, *self.shape))
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        self.x = x[0]
+        self.x, self.y = x[0], y
+        if not phase.again:  # else they are what they were
+            self._normalize_by(phase, w)
+        for group, rows in self.parts:
+            mean, rstd = self.mean[group], self.rstd[group]
+            add = x[1][rows] if self.tail.adds else None
+            self.backend.normalize(
+                self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows], add=add, slope=self.tail.slope
+            )
+
+    def _normalize_by(self, phase: Phase, w: Mapping[str, Array]) -> None:
         if phase.training:
             self.mean, var = self._statistics(w)
         else:
@@ -72,9 +89,6 @@ class BatchNormOp:
                 np.broadcast_to(w[name].astype(np.float64), self.shape) for name in ("running_mean", "running_var")
             )
         self.rstd = 1.0 / np.sqrt(var + self.layer.eps)
-        for group, rows in self.parts:
-            mean, rstd = self.mean[group], self.rstd[group]
-            self.backend.normalize(self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows])
 
     def _statistics(self, w: Mapping[str, Array]) -> tuple[Array, Array]:
         mine = np.zeros((3, *self.shape))
@@ -92,10 +106,15 @@ class BatchNormOp:
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         sums = np.zeros((2, *self.shape))
         for group, rows in self.parts:
-            mean, rstd = self.mean[group], self.rstd[group]
-            self.backend.normalize_grad(dy[rows], self.x[rows], mean, rstd, sums[0, group], sums[1, group])
+            mean, rstd, slope = self.mean[group], self.rstd[group], self.tail.slope
+            y = None if slope == 1 else self.y[rows]
+            self.backend.normalize_grad(
+                dy[rows], self.x[rows], mean, rstd, sums[0, group], sums[1, group], y=y, slope=slope
+            )
         # this rank's own sums: the executor adds gradients over ranks
         dw["beta"][...], dw["gamma"][...] = sums.sum(axis=1)
+        if self.tail.adds and (added := dx[1]) is not None:
+            np.copyto(added, dy)
         if (into := dx[0]) is None:
             return
         means = w["gamma"] * gather(self.comm, sums).sum(axis=0) / self.count
@@ -130,6 +149,7 @@ class LayerNorm(Layer):
     gamma and beta have the shape of these dims, and are cut as they are.
     """
 
+    keeps_output: ClassVar[bool] = False
     dims: int = 1
     eps: float = 1e-5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from hpctrain.regions import Along
 @dataclass(frozen=True)
 class Flatten(Layer):
     """(N, [[D,] H,] W, C) to (N, D*H*W*C), in C order; the one output dim is cut along all that cut the input's."""
+
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
 
     def output_shape(self, *x: Shape) -> Shape:
         return (x[0][0], prod(x[0][1:]))
@@ -41,6 +45,8 @@ class Reshape(Layer):
     Dims that the new shape keeps keep their cuts; only those that it splits or joins are moved between ranks.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     shape: Shape
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -183,6 +189,8 @@ class Slice(Layer):
     `start` and `stop` are as in Python, None or negative too, but may not lie outside the tensor.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     dim: int
     start: int | None
     stop: int | None

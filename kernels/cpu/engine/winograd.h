@@ -24,8 +24,7 @@ struct Winograd {
     // Whether they are also faster than a direct convolution.
     bool (*pays)(const Convolution&);
 
-    void (*conv)(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
-                 TileAnchor);
+    void (*conv)(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
     void (*conv_dx)(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw, TileAnchor);
 };
@@ -48,8 +47,7 @@ bool winograd_fits(const Convolution&);
 bool winograd_pays(const Convolution&);
 
 // --- winograd_conv.cpp ---
-void winograd_conv(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
-                   TileAnchor);
+void winograd_conv(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
 void winograd_dx(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
 
 // --- winograd_dw.cpp ---

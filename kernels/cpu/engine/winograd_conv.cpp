@@ -23,8 +23,7 @@ struct Forward : Pass {
     Image<const float> x;
     Filters<const float> w;
     Image<float> y;
-    const float* bias;
-    bool accumulate;
+    Epilogue epilogue;
 
     void read(const Block& block, const Matrices& to, Index begin, Index end) const {
         read_tiles<Input>(x, tiles, block, to, begin, end);
@@ -33,7 +32,7 @@ struct Forward : Pass {
         pack_filters<KERNEL>(w, first, width, begin, end, to, point);
     }
     void write(const Block& block, const Matrices& from, Index first, Index last, const Seam&) const {
-        write_outputs<KERNEL>(y, tiles, block, from, first, last, bias, accumulate);
+        write_outputs<KERNEL>(y, tiles, block, from, first, last, epilogue);
     }
     // tiles of y do not overlap
     Index seam_floats() const { return 0; }
@@ -198,15 +197,15 @@ void compute(const P& pass) {
 }
 
 template <int KERNEL>
-void forward(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+void forward(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
              TileAnchor anchor) {
+    const float* bias = epilogue.bias;
     for (Index g = 0; g < c.groups; ++g) {
         compute(Forward<KERNEL>{{Tiles(c, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
                                 {x + g * c.channels, c.x, c.input, c.channels},
                                 {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
                                 {y + g * c.filters, c.y, c.output, c.filters},
-                                bias ? bias + g * c.filters : nullptr,
-                                accumulate});
+                                {bias ? bias + g * c.filters : nullptr, epilogue.accumulate, epilogue.slope}});
     }
 }
 
@@ -224,10 +223,10 @@ void backward(const Convolution& c, const float* dy, const float* w, float* dx, 
 }  // namespace
 }  // namespace winograd
 
-void winograd_conv(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+void winograd_conv(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
                    TileAnchor anchor) {
     const auto pass = c.kernel[1] == 5 ? winograd::forward<5> : winograd::forward<3>;
-    pass(c, x, w, bias, accumulate, y, anchor);
+    pass(c, x, w, epilogue, y, anchor);
 }
 
 void winograd_dx(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {

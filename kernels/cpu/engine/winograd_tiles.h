@@ -127,11 +127,10 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
     }
 }
 
-// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL, + bias (may be null),
-// + what stands there if `accumulate`.
+// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL.
 template <int KERNEL>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
-                   Index last, const float* bias, bool accumulate);
+                   Index last, const Epilogue&);
 
 // Rows of an image, from `row` of `sample` on, that another thread writes to: here go this one's shares.
 struct Seam {
