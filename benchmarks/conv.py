@@ -1,6 +1,7 @@
 """How long convolutions and matrix products take: the engine and PyTorch, layer by layer of the benchmark networks.
 
-python benchmarks/conv.py [--networks resnet18,lenet] [--layers conv1] [--threads 2] [--exact] [--quick] [--json]
+python benchmarks/conv.py [--networks resnet18,lenet] [--layers conv1] [--precision bf16] [--threads 2] [--exact]
+                          [--quick] [--json]
 
 `peak` is the fraction of the multiply-adds that the core could do in that time, measured in the same run. Winograd's
 convolution needs fewer of them, so that it may be above 1.
@@ -16,16 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from common import FmaPeak, interleave, print_json, set_threads, timed
-from networks import CASES
+from networks import CASES, FORMATS
 
 from hpctrain.backends.native import Native
+from hpctrain.backends.rounding import BFLOAT16
 from hpctrain.layers import Conv, Dense
 
 PASSES = ("forward", "dx", "dw")
 MEASURABLE = 0.002
 """Seconds that a step is repeated for at least, as clocks cost some microseconds."""
-ERROR = 1e-4
-"""Largest |ours - theirs| / |theirs| of a result."""
+ERROR = {"float32": 1e-4, "bf16": 2e-2}
+"""Largest |ours - theirs| / |theirs| of a result, by precision."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Work(NamedTuple):
     result: Callable[[], np.ndarray]
 
 
-def arrays(layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrays(layer: Layer, precision: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x, w and dy of order 1."""
     rng = np.random.default_rng(1)
     shapes = (
@@ -93,15 +95,16 @@ def arrays(layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         (*layer.kernel, layer.shape[-1], layer.filters),
         (layer.shape[0], *layer.outputs, layer.filters),
     )
-    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    dtype = BFLOAT16 if precision == "bf16" else np.float32
+    x, w, dy = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes)
     return x, w, dy
 
 
-def ours(layer: Layer, exact: bool) -> dict[str, Work]:
+def ours(layer: Layer, exact: bool, precision: str) -> dict[str, Work]:
     """The engine's passes; x and dx have their padding around them, as the executor hands them over."""
     native = Native(exact)
-    x, w, dy = arrays(layer)
-    y, dw = np.empty_like(dy), np.empty_like(w)
+    x, w, dy = arrays(layer, precision)
+    y, dw = np.empty_like(dy), np.empty(w.shape, np.float32)
     padded = np.pad(x, [(0, 0), *((p, p) for p in layer.padding), (0, 0)])
     dx = np.empty_like(padded)
     inner = (slice(None), *(slice(p, p + n) for p, n in zip(layer.padding, layer.shape[1:-1], strict=True)))
@@ -119,19 +122,23 @@ def ours(layer: Layer, exact: bool) -> dict[str, Work]:
     }
 
 
-def torchs(layer: Layer, channels_last: bool) -> dict[str, Work]:
+def torchs(layer: Layer, channels_last: bool, precision: str) -> dict[str, Work]:
     """PyTorch's passes, in one of its two formats."""
     import torch
 
     dims = len(layer.kernel)
-    x, w, dy = arrays(layer)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, w, dy = (a.astype(np.float32) for a in arrays(layer, precision))
     found: dict[str, Any] = {}
 
+    def tensor(a: np.ndarray) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
+
     def work(name: str, compute: Callable[[], Any], to_numpy: Callable[[Any], np.ndarray]) -> Work:
-        return Work(lambda: found.__setitem__(name, compute()), lambda: to_numpy(found[name]))
+        return Work(lambda: found.__setitem__(name, compute()), lambda: to_numpy(found[name].float()))
 
     if not layer.kernel:
-        tx, tw, tdy = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(w.T)), torch.from_numpy(dy)
+        tx, tw, tdy = tensor(x), tensor(w.T), tensor(dy)
         return {
             "forward": work("forward", lambda: torch.nn.functional.linear(tx, tw), lambda t: t.numpy()),
             "dx": work("dx", lambda: tdy @ tw, lambda t: t.numpy()),
@@ -139,8 +146,8 @@ def torchs(layer: Layer, channels_last: bool) -> dict[str, Work]:
         }
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(dims + 2)
     memory_format = last if channels_last and last else torch.contiguous_format
-    tx, tdy = (torch.from_numpy(np.moveaxis(a, -1, 1).copy()).contiguous(memory_format=memory_format) for a in (x, dy))
-    tw = torch.from_numpy(np.moveaxis(w, (-1, -2), (0, 1)).copy()).contiguous(memory_format=memory_format)
+    tx, tdy = (tensor(np.moveaxis(a, -1, 1)).contiguous(memory_format=memory_format) for a in (x, dy))
+    tw = tensor(np.moveaxis(w, (-1, -2), (0, 1))).contiguous(memory_format=memory_format)
     convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
 
     def gradients(mask: list[bool]) -> Any:
@@ -162,9 +169,9 @@ def torchs(layer: Layer, channels_last: bool) -> dict[str, Work]:
 
 def measure(layer: Layer, asked: argparse.Namespace, peak: FmaPeak) -> Iterator[dict[str, Any]]:
     """A record per pass. Raises SystemExit where the sides differ by more than rounding."""
-    sides = {"hpctrain": ours(layer, asked.exact), "nchw": torchs(layer, False), "channels_last": torchs(layer, True)}
-    if not layer.kernel:
-        del sides["channels_last"]
+    formats = FORMATS if asked.precision == "float32" and layer.kernel else FORMATS[-1:]
+    sides = {name: torchs(layer, name == "channels_last", asked.precision) for name in formats}
+    sides["hpctrain"] = ours(layer, asked.exact, asked.precision)
     for which in PASSES:
         works = {name: side[which] for name, side in sides.items()}
         for work in works.values():
@@ -175,14 +182,15 @@ def measure(layer: Layer, asked: argparse.Namespace, peak: FmaPeak) -> Iterator[
         steps = {name: lambda work=work, times=times: timed(work.step, times) for name, work in works.items()}
         medians = interleave(steps, rounds)
         spent = {name: (s.cpu if asked.threads == 1 else s.wall) for name, s in medians.items()}
-        want, got = works["nchw"].result().astype(float), works["hpctrain"].result()
-        if (error := float(np.abs(got - want).max() / np.abs(want).max())) > ERROR:
+        want, got = (works[name].result().astype(float) for name in (formats[0], "hpctrain"))
+        if (error := float(np.abs(got - want).max() / np.abs(want).max())) > ERROR[asked.precision]:
             raise SystemExit(f"{layer.network} {layer.name} {which}: differs from PyTorch by {error:.2g}")
         peers = {name: s for name, s in spent.items() if name != "hpctrain"}
         best = min(peers, key=peers.__getitem__)
         yield {
             "network": layer.network, "layer": layer.name, "algorithm": which, "shape": str(layer),
-            "threads": asked.threads, "precision": "float32", "seconds": spent["hpctrain"], "peer": f"torch {best}",
+            "threads": asked.threads, "precision": asked.precision,
+            "seconds": spent["hpctrain"], "peer": f"torch {best}",
             "peer_seconds": peers[best], "ratio": peers[best] / spent["hpctrain"], "error": error,
             "peak": layer.operations / spent["hpctrain"] / peak.measure() / asked.threads,
         }  # fmt: skip
@@ -194,6 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--networks", default=",".join(CASES), help="some of %(default)s")
     parser.add_argument("--layers", default="", help="only those whose name has this in it")
     parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
+    parser.add_argument("--precision", choices=ERROR, default="float32", help="bf16: PyTorch in channels_last")
     parser.add_argument("--rounds", type=int, default=7, help="at least this many of each side (default: 7)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each pass of each layer, about (default: 2)")
     parser.add_argument("--exact", action="store_true", help="without Winograd's convolution")
@@ -215,7 +224,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     peak, records = FmaPeak(), []
     clock = "CPU time" if asked.threads == 1 else "wall time"
-    print(f"milliseconds ({clock}, medians), {asked.threads} threads; torch: the better of its formats")
+    print(
+        f"milliseconds ({clock}, medians), {asked.threads} threads, {asked.precision}; torch: the better of its formats"
+    )
     print(f"{'network':<10}{'layer':<24}{'shape':<32}{'pass':<9}{'torch':>9}{'hpctrain':>9}{'ratio':>7}{'peak':>7}")
     for network in asked.networks:
         for layer in layers(network, asked.quick):
@@ -229,6 +240,8 @@ def main() -> None:
                     f"{record['ratio']:>7.2f}{record['peak']:>7.2f}",
                     flush=True,
                 )
+    theirs, mine = (sum(record[key] for record in records) for key in ("peer_seconds", "seconds"))
+    print(f"sum of these: torch {theirs * 1e3:.1f}, hpctrain {mine * 1e3:.1f}, ratio {theirs / max(mine, 1e-9):.2f}")
     print(f"FMA peak of a core: {peak.measure() / 1e9:.1f} GFLOP/s")
     if asked.json:
         print_json("benchmarks/conv.py", records, fma_peak=peak.measure())

@@ -23,6 +23,7 @@ class Case:
     build: Callable[[int], Graph]
     batch: int
     target: float
+    bf16_target: float | None = None
 
 
 def resnet18(batch: int) -> Graph:
@@ -61,9 +62,9 @@ def cosmoflow(batch: int) -> Graph:
 
 
 CASES = {
-    "resnet18": Case("ResNet-18 32x32", resnet18, 64, 1.8),
+    "resnet18": Case("ResNet-18 32x32", resnet18, 64, 1.8, 1.2),
     "vgg11": Case("VGG-11 32x32", vgg11, 64, 1.8),
-    "alexnet": Case("AlexNet 227", alexnet, 32, 1.5),
+    "alexnet": Case("AlexNet 227", alexnet, 32, 1.5, 1.2),
     "lenet": Case("LeNet 28x28", lenet, 64, 1.5),
     "cosmoflow": Case("CosmoFlow 64^3", cosmoflow, 2, 1.5),
 }

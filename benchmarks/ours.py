@@ -19,26 +19,37 @@ from hpctrain.layers import Input, Phase
 from hpctrain.layers.loss import LOSS, WEIGHT
 from hpctrain.partition import Partition
 from hpctrain.planner.plan import uniform
+from hpctrain.planner.schedule import Economy
 
 OPTIM = Optim(lr=0.01, momentum=0.9)
 
 
-class Ours:
-    """`graph` on one grid for all layers, in float32; a batch of random numbers, the same for every grid."""
+LEAN = Economy(fuse=True, reuse=True)
+"""As a run has it."""
 
-    def __init__(self, graph: Graph, comm: Any, grid: Partition | None = None) -> None:
+
+class Ours:
+    """`graph` on one grid for all layers; a batch of random numbers, the same for every grid, copied in every step."""
+
+    def __init__(self, graph: Graph, comm: Any, grid: Partition | None = None, precision: str = "float32") -> None:
         plan, backend = uniform(graph, grid or Partition()), backends.get("native")
         self.comm, self.batch = comm, graph["x"].shape[0]
-        self.executor = Executor(graph, plan, comm, backend)
+        self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[OPTIM.name](flat.weights, flat.gradients, flat.shards(), backend, OPTIM, comm)
-        for name, values in random_batch(graph).items():
-            self.executor.input(name)[...] = values[self.executor.box(name)]
+        self.given = {name: values[self.executor.box(name)] for name, values in random_batch(graph).items()}
         self.loss = 0.0
+
+    def forward(self) -> tuple[str, np.ndarray]:
+        """The loss layer and this rank's rows of it."""
+        for name, values in self.given.items():
+            np.copyto(self.executor.input(name), values, casting="same_kind" if values.dtype.kind == "i" else "unsafe")
+        ((name, rows),) = self.executor.forward(Phase(training=True)).items()
+        return name, rows
 
     def gradients(self) -> None:
         """Forward and backward, the loss divided by the global batch as the trainer does."""
-        ((name, rows),) = self.executor.forward(Phase(training=True)).items()
+        name, rows = self.forward()
         sums = np.empty((self.comm.size, 2))
         self.comm.Allgather(rows[:, [LOSS, WEIGHT]].sum(axis=0, dtype=np.float64), sums)
         loss, weight = sums.sum(axis=0)
@@ -56,11 +67,11 @@ class Ours:
 class Side:
     """One rank alone, for `common.Worker`."""
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(self, name: str, batch: int, precision: str = "float32") -> None:
         comm = world.start().comm
         self.start = memory.peak()
         self.graph = CASES[name].build(batch)
-        self.ours = Ours(self.graph, comm)
+        self.ours = Ours(self.graph, comm, precision=precision)
         self.seconds: dict[tuple[str, str], list[float]] = {}
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -69,13 +80,11 @@ class Side:
 
     def first_gradients(self) -> dict[str, np.ndarray]:
         """What the first batch gives: the predictions, the loss as an array of one element, and all gradients."""
+        self.ours.forward()
+        predictions = self.ours.executor.output(self.graph.losses[0].inputs[0]).astype(np.float32)
         self.ours.gradients()
-        predictions = self.graph.losses[0].inputs[0]
         found = {name: p.gradient.copy() for name, p in self.ours.executor.parameters.by_name.items()}
-        return found | {
-            "predictions": self.ours.executor.output(predictions).copy(),
-            "loss": np.array([self.ours.loss]),
-        }
+        return found | {"predictions": predictions, "loss": np.array([self.ours.loss])}
 
     def reset_memory(self) -> None:
         """Let `memory` count from here."""
@@ -91,14 +100,15 @@ class Side:
 
     def time_layers(self) -> None:
         """From here on note what each layer takes."""
-        for step in self.ours.executor.steps:
-            step.op = Stopwatch(step.op, self.seconds, step.name)
+        executor = self.ours.executor
+        for step, unit in zip(executor.steps, executor.schedule.units, strict=True):
+            step.op = Stopwatch(step.op, self.seconds, " ".join(unit.names))
 
     def layers(self) -> list[dict[str, Any]]:
         """Medians of each layer's CPU seconds and its nominal operations, both ways, since `time_layers`."""
         found = []
         for (name, way), taken in self.seconds.items():
-            node = self.graph[name]
+            node = self.graph[name.split()[0]]  # what runs within it has next to no operations
             record = {"layer": name, "way": way, "seconds": float(np.median(taken))}
             found.append(record | {"flops": nominal_flops(self.graph, node, way)})
         return found

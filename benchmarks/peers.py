@@ -115,10 +115,11 @@ class Peer(nn.Module):
 
 
 class Training:
-    """A peer with its optimizer and a batch."""
+    """A peer with its optimizer and a batch; in bf16 with autocast, as its documentation says."""
 
-    def __init__(self, graph: Graph, memory_format: str) -> None:
+    def __init__(self, graph: Graph, memory_format: str, precision: str = "float32") -> None:
         self.net = Peer(graph)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         batch = random_batch(graph)
         x = torch.tensor(np.moveaxis(batch["x"], -1, 1).copy())
         if memory_format == "channels_last":
@@ -132,17 +133,23 @@ class Training:
     def step(self, net: nn.Module | None = None) -> None:
         """One step of training, of `net` where the peer is wrapped in it."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.criterion((net or self.net)(self.x), self.y).backward()
+        self.loss(net)[1].backward()
         self.optimizer.step()
+
+    def loss(self, net: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions and the loss on them."""
+        with self.autocast:
+            predictions = (net or self.net)(self.x)
+            return predictions, self.criterion(predictions, self.y)
 
 
 class Side:
     """For `common.Worker`."""
 
-    def __init__(self, name: str, batch: int, memory_format: str, threads: int) -> None:
+    def __init__(self, name: str, batch: int, memory_format: str, threads: int, precision: str = "float32") -> None:
         torch.set_num_threads(threads)
         self.start = memory.peak()
-        self.training = Training(CASES[name].build(batch), memory_format)
+        self.training = Training(CASES[name].build(batch), memory_format, precision)
 
     def load(self, weights: dict[str, np.ndarray]) -> None:
         """Take over our weights."""
@@ -157,12 +164,11 @@ class Side:
     def differences(self, expected: dict[str, np.ndarray]) -> dict[str, float]:
         """|ours - theirs| / |theirs|, as norms, for what `ours.Side.first_gradients` returns."""
         net = self.training.net
-        predictions = net(self.training.x)
-        loss = self.training.criterion(predictions, self.training.y)
+        predictions, loss = self.training.loss()
         loss.backward()
         found = {name: p.grad.numpy() for name, p in net.named().items()}
         expected = {name: net.layout(name, a) if name in found else a for name, a in expected.items()}
-        found |= {"predictions": predictions.detach().numpy(), "loss": loss.detach().numpy().reshape(1)}
+        found |= {"predictions": predictions.detach().float().numpy(), "loss": loss.detach().float().numpy().reshape(1)}
         return {name: _distance(expected[name], theirs) for name, theirs in found.items()}
 
     def reset_memory(self) -> None:

@@ -117,14 +117,26 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     batch: Count
     """Samples of a step, over all ranks. What does not fill an epoch's last one is left out; evaluation pads it."""
     seed: Whole = 0
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """bf16: tensors between layers and the weights that these use; sums, gradients, updates and losses are float32."""
+    loss_scale: Positive = 1.0
+    """What the loss is multiplied by before backward; gradients are divided by it again before the update."""
     backend: Literal["native", "reference"] = "native"
+    exact: bool = False
+    """native: never Winograd's convolution, which multiplies less and rounds about 3 times as much."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a sample or loss that is not finite does: stop the run, or skip its step."""
     steps: Count | None = None
     """Stop after so many steps, whatever `epochs` says."""
     eval_every: Count = 1
     """Epochs between evaluations."""
+
+
+class Memory(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is traded for memory."""
+
+    recompute: bool = False
+    """Backward computes most of the forward pass a second time instead of keeping what it needs of it."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -153,6 +165,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     plan: Plan = Plan()
     optim: Optim
     train: Train
+    memory: Memory = Memory()
     checkpoint: Checkpoint = Checkpoint()
     run: Run
 
@@ -212,10 +225,12 @@ _MAY_CHANGE = (
     "plan",
     "optim",
     "train.backend",
+    "train.exact",
     "train.epochs",
     "train.nonfinite",
     "train.eval_every",
     "train.steps",
+    "memory",
     "checkpoint",
     "run",
 )
@@ -261,6 +276,8 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("optim", "schedule", "warmup_epochs"), f"longer than the run; train.epochs is {train.epochs}")
     if schedule.final_lr > optim.lr:
         yield Problem(("optim", "schedule", "final_lr"), f"above optim.lr, which is {optim.lr}; rates only fall")
+    if train.exact and train.backend != "native":
+        yield Problem(("train", "exact"), f"has no effect with backend {train.backend!r}; it belongs to native")
     if isinstance(grid, Grid) and grid.batch > train.batch:
         text = f"more blocks than train.batch has samples ({train.batch}); lower the grid or raise the batch"
         yield Problem(("plan", "grid", "batch"), text)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpctrain.backends.base import Array, Backend
+from hpctrain.binding import Arena, Step, bind_op, exchanges, last_steps, statistics
 from hpctrain.comm import allreduce
-from hpctrain.comm.exchange import Exchange, Way
+from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.graph import Graph
-from hpctrain.layers import Input, Op, Phase, Place
-from hpctrain.parameters import Group, Parameters, Tensor, initial
-from hpctrain.partition import AXES, Box, Partition, extent, volume
-from hpctrain.planner.layout import Layout, differentiable, edges, layouts
+from hpctrain.layers import Phase
+from hpctrain.parameters import Group, Parameters, Tensor
+from hpctrain.partition import Box, Partition
+from hpctrain.planner.arena import Buffers
+from hpctrain.planner.buffers import buffers
+from hpctrain.planner.layout import differentiable, edges, layouts
 from hpctrain.planner.plan import Plan
-from hpctrain.regions import Region
+from hpctrain.planner.schedule import KEEP, Economy, Unit, schedule
+from hpctrain.precision import TYPES, exact
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,112 +33,118 @@ if TYPE_CHECKING:
 TRAINING = Phase()
 
 
-@dataclass
-class Step:
-    """One layer on this rank."""
-
-    name: str
-    op: Op
-    active: bool
-    """Whether this rank produces anything, or must take part in the op's own communication all the same."""
-    inputs: list[Exchange]
-    sum_partials: Way | None
-    """From what every rank produced to sums at their owners, where the layer sums over a cut dim."""
-    spread_gradient: Way | None
-    """The reverse: from the owners' gradient to everyone who produced a share."""
-    outputs: list[Exchange]
-    """The consumers' edges, whose `fwd.src` this step fills and whose `bwd.dst` holds its gradient."""
-    weights: dict[str, Array]
-    gradients: dict[str, Array]
-    result: Array
-    """This rank's block of the output: the source of the first consumer's edge."""
-    groups: tuple[Group, ...]
-    """Replica groups whose gradients are complete once this step's backward has run."""
-
-
 class Executor:
     """Runs one batch forward and backward; owns parameters, gradients, statistics and every buffer between layers.
 
-    Collective over `comm`, which is duplicated. `dtype` is float32 or float64. Raises PlanError, on all ranks alike,
-    where the plan does not fit graph or ranks, and BackendUnavailable where the backend lacks the type.
+    Collective over `comm`, which is duplicated. `dtype` is one of precision.TYPES. Raises PlanError, on all ranks
+    alike, where the plan does not fit graph or ranks, and BackendUnavailable where the backend lacks the type.
     """
 
     def __init__(
-        self, graph: Graph, plan: Plan, comm: MPI.Intracomm, backend: Backend, dtype: str = "float32", seed: int = 0
+        self,
+        graph: Graph,
+        plan: Plan,
+        comm: MPI.Intracomm,
+        backend: Backend,
+        dtype: str = "float32",
+        seed: int = 0,
+        economy: Economy = KEEP,
     ) -> None:
         plan.check(graph)
         if plan.ranks > comm.size:
             raise PlanError(f"the plan needs {plan.ranks} ranks, but there are {comm.size}: start {plan.ranks}")
-        if dtype not in backend.dtypes:
+        able = [name for name, kind in TYPES.items() if kind.name in backend.dtypes]
+        if dtype not in able:
             raise BackendUnavailable(
-                f"backend {backend.name} has no {dtype}, only {', '.join(backend.dtypes)}; set train.precision"
+                f"backend {backend.name} has no {dtype}, only {', '.join(able)}; set train.precision"
             )
-        self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, np.dtype(dtype), seed
+        self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, TYPES[dtype], seed
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
         self._allreduce = allreduce.get(plan.allreduce).allreduce
         self._grids: dict[Partition, ProcessGrid] = {}
-        self.layouts = layouts(graph, plan)
+        self.layouts, self.economy = layouts(graph, plan), economy
         self._differentiable, self._losses = differentiable(graph), graph.losses
+        self.schedule = schedule(graph, self.layouts, economy)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)
-        self.state = [tensor for place in self.layouts.values() for tensor in self._statistics(place, seed)]
-        self.exchanges = self._exchanges()
-        self._inputs = {n.name: self._buffers(n.name) for n in graph if isinstance(n.layer, Input)}
-        last = self._last_steps()
-        self.steps = [
-            self._bind(place, tuple(g for g, name in last.items() if name == place.node.name))
-            for place in self.layouts.values()
-            if not isinstance(place.node.layer, Input)
+        self.state = [
+            t for place in self.layouts.values() for t in statistics(place, self.rank, exact(self.dtype), seed)
         ]
+        moved = edges(graph, plan, self.layouts)
+        found = buffers(graph, self.layouts, moved, self.schedule, economy, self.rank)
+        self.arena = Arena(found, backend, self.dtype)
+        self.exchanges = exchanges(self.comm, graph, moved, found, self.arena)
+        self._results = {name: self.arena.array(view) for name, view in found.results.items()}
+        completed = last_steps(self.schedule.units, self.parameters)
+        self.steps = [self._bind(unit, found, completed[unit.name]) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
 
     # --- one batch -------------------------------------------------------------------------------------------------
 
     def input(self, name: str) -> Array:
         """The array to fill with this rank's box (`layouts[name].output.box(rank)`) of an input before `forward`."""
-        return self._inputs[name][0]
+        return self._results[name]
 
     def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
         """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
-        for first, *more in self._inputs.values():
-            for other in more:
-                np.copyto(other, first)
+        self._phase = phase
+        if self.parameters.narrow is not None:
+            self.backend.narrow(self.parameters.weights, self.parameters.narrow)
         for step in self.steps:
-            x = [self._transfer(edge.fwd) for edge in step.inputs]
-            begin = perf_counter()
-            y = step.result if step.sum_partials is None else step.sum_partials.reserve()
-            if step.active:
-                step.op.forward(x, step.weights, y, phase)
-            self.seconds["compute"] += perf_counter() - begin
-            if step.sum_partials is not None:
-                np.copyto(step.result, self._transfer(step.sum_partials))
-            for edge in step.outputs[1:]:  # the first one's source is the result itself
-                np.copyto(edge.fwd.reserve(), step.result)
+            self._forward_step(step, phase)
         # (0, 4) on an idle rank
-        return {loss.name: self._by_name[loss.name].result.reshape(-1, loss.shape[-1]) for loss in self._losses}
+        return {loss.name: self._results[loss.name].reshape(-1, loss.shape[-1]) for loss in self._losses}
+
+    def _forward_step(self, step: Step, phase: Phase) -> None:
+        x = [self._transfer(edge.fwd) for edge in step.inputs]
+        begin = perf_counter()
+        y = step.result if step.sum_partials is None else step.sum_partials.reserve()
+        if step.active:
+            step.op.forward(x, step.weights, y, phase)
+        self.seconds["compute"] += perf_counter() - begin
+        if step.sum_partials is not None:
+            np.copyto(step.result, self._transfer(step.sum_partials))
 
     def backward(self, dloss: Mapping[str, Array]) -> None:
         """Fill `parameters.gradients` with the sums over the global batch of d(total)/d(weight).
 
         `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows.
         """
-        for step in reversed(self.steps):
-            dy = None
-            if step.name in self._differentiable:
-                dy = dloss[step.name] if step.name in dloss else self._output_gradient(step)
-            if dy is not None:
-                self._backward_step(step, dy)
-            for group in step.groups:
-                self._sum_gradients(group)
+        phase = replace(self._phase, again=True)
+        for again, i in self.schedule.backward():
+            step = self.steps[i]
+            if not again:
+                self._backward_step(step, dloss)
+            elif i in self.schedule.again:
+                self._forward_step(step, phase)
+            else:  # its output is still there; what it reads may not be
+                for edge in step.inputs:
+                    self._transfer(edge.fwd)
 
-    def _backward_step(self, step: Step, dy: Array) -> None:
+    def _backward_step(self, step: Step, dloss: Mapping[str, Array]) -> None:
+        dy = None
+        if step.name in self._differentiable:
+            dy = dloss[step.name] if step.name in dloss else self._output_gradient(step)
+        if dy is not None:
+            self._send_back(step, dy)
+        for group in step.groups:
+            self._sum_gradients(group)
+
+    def _send_back(self, step: Step, dy: Array) -> None:
+        """Gradients of what a step reads, from that of its output, and of its weights."""
         if step.spread_gradient is not None:
             into = step.spread_gradient.reserve()
             np.copyto(into, dy.reshape(into.shape))  # rows of nothing have other extents on an idle rank
             dy = self._transfer(step.spread_gradient)
+        if step.masked is not None:
+            np.copyto(step.masked, dy)
+            dy = step.masked
         begin = perf_counter()
-        dx = [None if edge.bwd is None else edge.bwd.reserve() for edge in step.inputs]
+        dx = [
+            None if edge.bwd is None or passed else edge.bwd.reserve()
+            for edge, passed in zip(step.inputs, step.passed, strict=True)
+        ]
         if step.active:
             step.op.backward(dy, step.weights, dx, step.gradients)
         else:
@@ -177,12 +187,22 @@ class Executor:
         """This rank's box of the output of layer or input `name`."""
         return self.layouts[name].output.box(self.rank)
 
+    def makes(self, name: str) -> bool:
+        """Whether the output of layer `name` stands anywhere: not if another layer runs within it."""
+        return name in self._results
+
     def output(self, name: str) -> Array:
-        """This rank's block of the output of layer `name`, valid until the next `forward`."""
-        return self._by_name[name].result
+        """This rank's block of the output of layer `name`, valid until the next `forward`.
+
+        With Economy.reuse only losses and what no layer reads stay that long. KeyError where fusion left it out.
+        """
+        return self._results[name]
 
     def output_gradient(self, name: str) -> Array:
-        """This rank's block of the gradient of the output of layer `name`, valid until the next `backward`."""
+        """This rank's block of the gradient of the output of layer `name`, valid until the next `backward`.
+
+        With Economy.reuse others may lie there by then. KeyError where fusion left the output out.
+        """
         return next(edge.bwd.dst for edge in self._by_name[name].outputs if edge.bwd is not None)
 
     def tensors(self) -> list[Tensor]:
@@ -209,77 +229,29 @@ class Executor:
             self._grids[partition] = ProcessGrid(self.comm, partition)
         return self._grids[partition]
 
-    def _exchanges(self) -> dict[tuple[str, int | None], Exchange]:
-        found = {}
-        for i, edge in enumerate(edges(self.graph, self.plan, self.layouts)):
-            fill = 0.0 if edge.slot is None else self.graph[edge.consumer].layer.fill
-            dtype = np.dtype(np.int64) if edge.integer else self.dtype
-            backward = edge.gradient or edge.slot is None
-            found[edge.consumer, edge.slot] = Exchange(self.comm, edge.have, edge.want, dtype, fill, 2 * i, backward)
-        return found
-
-    def _buffers(self, name: str) -> list[Array]:
-        """Every array that must hold this rank's block of the output of `name` before its consumers run."""
-        return [self.exchanges[node.name, slot].fwd.src for node, slot in self.graph.consumers(name)]
-
-    def _statistics(self, place: Layout, seed: int) -> list[Tensor]:
-        declared = place.node.layer.state(*place.node.input_shapes)
-        found = []
-        for name, dist in place.state.items():
-            box = dist.box(self.rank)
-            array = np.empty(extent(box), self.dtype)
-            array[...] = initial(declared[name], name, box, seed)
-            found.append(Tensor(f"{place.node.name}.{name}", dist, box, array))
-        return found
-
-    def _last_steps(self) -> dict[Group, str]:
-        """The step of the backward pass that completes each replica group: the first layer that uses it."""
-        last: dict[Group, str] = {}
-        for name, parameter in self.parameters.by_name.items():
-            layer = name.rpartition(".")[0]
-            order = list(self.graph.nodes)
-            if parameter.group not in last or order.index(layer) < order.index(last[parameter.group]):
-                last[parameter.group] = layer
-        return last
-
-    def _bind(self, place: Layout, groups: tuple[Group, ...]) -> Step:
-        node, rank = place.node, self.rank
-        reduced = node.layer.reduce_axes(*node.input_shapes)
-        axes = tuple(axis for axis in AXES if axis in reduced and place.partition[axis] > 1)
-        comm = self._grid(place.partition).sub(axes) if axes else None
+    def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
+        place = self.layouts[unit.head]
+        mine = {n: self.parameters.by_name[f"{unit.head}.{n}"] for n in place.weights}
+        owned = {t.name.rpartition("."): t.array for t in self.state}
+        running = {name: array for (layer, _, name), array in owned.items() if layer == unit.head}
+        op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grid)
         for partition, replicated in groups:  # collective: all grids are made now, in the same order on all ranks
             if replicated:
                 self._grid(partition).sub(replicated)
-        mine = {n: self.parameters.by_name[f"{node.name}.{n}"] for n in place.weights}
-        owned = {t.name.rpartition("."): t.array for t in self.state}
-        running = {name: array for (layer, _, name), array in owned.items() if layer == node.name}
-        produced: Region = place.output if place.partial is None else place.partial
-        op = node.layer.bind(
-            Place(
-                node.name,
-                self.seed,
-                self.backend,
-                self.dtype,
-                node.input_shapes,
-                tuple(want.box(rank) for want in place.inputs),
-                place.work.box(rank),
-                produced.box(rank),
-                {name: p.box for name, p in mine.items()},
-                comm,
-            )
-        )
-        outputs = [self.exchanges[n.name, slot] for n, slot in self.graph.consumers(node.name)]
-        partial = self.exchanges.get((node.name, None))
+        partial = self.exchanges.get((unit.head, None))
+        consumers = ((node.name, slot) for node, slot in self.graph.consumers(unit.name))
         return Step(
-            name=node.name,
+            name=unit.name,
             op=op,
-            active=volume(produced.box(rank)) > 0 or comm is not None,
-            inputs=[self.exchanges[node.name, slot] for slot in range(len(node.inputs))],
+            active=active,
+            inputs=[self.exchanges[key] for key in unit.inputs],
+            passed=[key in found.passed for key in unit.inputs],
             sum_partials=None if partial is None else partial.bwd,
             spread_gradient=None if partial is None else partial.fwd,
-            outputs=outputs,
-            weights={name: p.array for name, p in mine.items()} | running,
+            outputs=[self.exchanges[key] for key in consumers],
+            weights={name: p.used for name, p in mine.items()} | running,
             gradients={name: p.gradient for name, p in mine.items()},
-            result=outputs[0].fwd.src if outputs else np.zeros(extent(place.output.box(rank)), self.dtype),
+            result=self._results[unit.name],
+            masked=self.arena.array(found.masked[unit.name]) if unit.name in found.masked else None,
             groups=groups,
         )

@@ -15,6 +15,7 @@ from hpctrain.executor import Executor
 from hpctrain.layers.loss import LOSS, Loss
 from hpctrain.metrics import Totals
 from hpctrain.partition import volume
+from hpctrain.precision import BF16, exact
 
 
 class Feed:
@@ -23,6 +24,9 @@ class Feed:
     def __init__(self, data: Dataset, batches: Batches, executor: Executor) -> None:
         self.data, self.batches, self.executor = data, batches, executor
         self.loader = Loader(data, batches, executor.box("x"), executor.box("y"))
+        x = executor.input("x")
+        self.read = np.empty(x.shape, exact(x.dtype)) if x.dtype == BF16 else x
+        """Where x is read to and normalized."""
         self.losses = executor.graph.losses
         self.seconds = 0.0
         """Time spent reading so far."""
@@ -31,7 +35,9 @@ class Feed:
         """Fill the inputs; an error is returned, as the other ranks are already on their way into `forward`."""
         begin = perf_counter()
         try:
-            self.loader.load(epoch, step, self.executor.input("x"), self.executor.input("y"))
+            self.loader.load(epoch, step, self.read, self.executor.input("y"))
+            if self.read.dtype != self.executor.dtype:
+                np.copyto(self.executor.input("x"), self.read, casting="unsafe")
             self._check_targets(epoch, step)
         except HpctrainError as error:
             return error
@@ -58,7 +64,7 @@ class Feed:
         ids, weights = self.batches.ids(epoch, step)
         x_box = self.loader.x_box
         read: list[int] = []
-        if volume(x_box) and not np.isfinite(self.executor.input("x")).all():
+        if volume(x_box) and not np.isfinite(self.read).all():
             read = self.data.nonfinite(ids[x_box[0]], x_box[1:])
         broken = []
         for name, found in rows.items():

@@ -13,6 +13,7 @@ from hpctrain.layers import Weight
 from hpctrain.optim import Shard
 from hpctrain.partition import Box, Partition, Shape, extent
 from hpctrain.planner.layout import Layout
+from hpctrain.precision import exact
 from hpctrain.regions import Distribution
 
 Group = tuple[Partition, tuple[str, ...]]
@@ -36,25 +37,29 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Parameter(Tensor):
-    """A tensor that is trained, and its gradient; both are views into the flat buffers."""
+    """A tensor that is trained, and its gradient; all are views into the flat buffers."""
 
     gradient: np.ndarray
+    used: np.ndarray
+    """What layers compute with: `array`, or its copy in bf16."""
     decay: bool
     group: Group
 
 
 class Parameters:
-    """All parameters of a network that this rank holds, in flat `weights` and `gradients` (1D, the run's float type).
+    """All parameters of a network that this rank holds, in flat `weights` and `gradients` (1D).
 
-    Parameters of one replica group lie side by side, so that one allreduce of `gradients[stretch]` sums them all, and
-    within a group those that decay come first.
+    They are of the run's float type; where that is bf16, both are float32, and layers compute with copies in `narrow`,
+    except for vectors, which stay exact. Parameters of one replica group lie side by side, so that one allreduce of
+    `gradients[stretch]` sums them all, and within a group those that decay come first.
     """
 
     def __init__(self, layouts: Iterable[Layout], rank: int, dtype: np.dtype, seed: int) -> None:
         self.rank = rank
         declared = sorted_by_group(layouts)
         total = sum(prod(extent(d.box(rank))) for _, _, d in declared)
-        self.weights, self.gradients = np.zeros(total, dtype), np.zeros(total, dtype)
+        self.weights, self.gradients = np.zeros((2, total), exact(dtype))
+        self.narrow = np.zeros(total, dtype) if self.weights.dtype != dtype else None
         self.groups: dict[Group, slice] = {}
         self.by_name: dict[str, Parameter] = {}
         at = 0
@@ -62,12 +67,14 @@ class Parameters:
             box = dist.box(rank)
             stretch, shape = slice(at, at + prod(extent(box))), extent(box)
             group = (dist.partition, dist.replicated_axes)
+            used = self.weights if self.narrow is None or len(shape) < 2 else self.narrow
             self.by_name[name] = Parameter(
                 name,
                 dist,
                 box,
                 self.weights[stretch].reshape(shape),
                 self.gradients[stretch].reshape(shape),
+                used[stretch].reshape(shape),
                 weight.decay,
                 group,
             )

@@ -57,14 +57,15 @@ class Trainer:
             self.plan = prepare.make_plan(config, self.graph)
             batches = Batches(self.data.samples, config.train.batch, config.train.seed)
             need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
-            backend = backends.get(config.train.backend)
+            backend = backends.get(config.train.backend, config.train.exact)
             if config.data.verify:
                 self._verify_data()
         self.usage = usage.Usage(world, need)
         backend.use_threads(world.threads)
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
-        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed)
+        economy = planned.economy(config, self.graph, self.plan)
+        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[config.optim.name](
             flat.weights, flat.gradients, flat.shards(), backend, config.optim, self.comm
@@ -135,8 +136,10 @@ class Trainer:
             shares = verdict.totals.shares(self.losses)
             gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
             for name, gradient in gradients.items():
-                gradient[:, LOSS] = weights[name] * shares[name]
+                gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
             self.executor.backward(gradients)
+            if self.config.train.loss_scale != 1:
+                self.executor.parameters.gradients /= self.config.train.loss_scale
             self.optimizer.step(lr)
             self.at.totals.add(verdict.totals)
         else:

@@ -30,6 +30,7 @@ from hpctrain.optim import SGD
 from hpctrain.partition import Partition, Shape, names
 from hpctrain.planner.layout import differentiable, edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents
+from hpctrain.planner.schedule import KEEP, Economy
 
 STEPS = 2
 SHRINKING = 25.0
@@ -170,9 +171,9 @@ def rehearse(case: Case, rank: int) -> list[str]:
     return []
 
 
-def trained(comm: Any, case: Case, plan: Plan, data: Data) -> tuple[Blocks, list[str]]:
+def trained(comm: Any, case: Case, plan: Plan, data: Data, economy: Economy = KEEP) -> tuple[Blocks, list[str]]:
     """Outputs, gradients and weights of every step of training and of one evaluation, and what ops raised."""
-    executor = Executor(case.net, plan, comm, Poisoned(), "float64", case.seed)
+    executor = Executor(case.net, plan, comm, Poisoned(), "float64", case.seed, economy)
     notes: list[str] = []
     for step in executor.steps:
         if getattr(step.op, "comm", None) is None:  # else the others wait for this rank within the op: end the run
@@ -188,13 +189,13 @@ def trained(comm: Any, case: Case, plan: Plan, data: Data) -> tuple[Blocks, list
         sgd.step(OPTIM.lr)
         for tensor in executor.tensors():
             found[f"step {number}: {tensor.name} updated"] = (tensor.box, tensor.array.copy())
-    planned = [sent_bytes(edge, comm.rank, 8) for edge in edges(case.net, plan)]
+    planned = [sent_bytes(edge, comm.rank, np.dtype(np.float64)) for edge in edges(case.net, plan)]
     expected = STEPS * sum(forward + backward for forward, backward in planned)
     if executor.bytes_sent() != expected:
         notes.append(f"sent {executor.bytes_sent()} bytes; the plan counts {expected}")
     executor.forward(Phase(training=False))
     for n in case.net:
-        if not isinstance(n.layer, Input):
+        if not isinstance(n.layer, Input) and executor.makes(n.name):
             found[f"evaluation: {n.name}"] = (executor.box(n.name), executor.output(n.name).copy())
     executor.free()
     return found, notes
@@ -212,8 +213,11 @@ def as_computed(names_of: Sequence[str]) -> list[str]:
 
 
 def difference(net: Graph, found: Sequence[Blocks], expected: Blocks) -> str | None:
-    """The first thing, in the order of computation, that some rank has otherwise than one rank alone, or nobody has."""
-    for name in as_computed(list(expected)):
+    """The first thing, in the order of computation, that some rank has otherwise than one rank alone, or nobody has.
+
+    Outputs that fusion left out are not looked at.
+    """
+    for name in as_computed(list(found[0])):
         whole = expected[name][1]
         scale = max(1.0, float(np.abs(whole).max(initial=0)))
         if not np.isfinite(scale):
@@ -239,7 +243,7 @@ def judge(comm: Any, case: Case) -> str | None:
     if early:
         return early[0]
     data = data_of(case)
-    found, notes = trained(comm, case, case.plan, data)
+    found, notes = trained(comm, case, case.plan, data, Economy(fuse=True))
     both = comm.gather((found, notes))
     if comm.rank:
         return None

@@ -75,7 +75,7 @@ def blocks(executor: Executor) -> Blocks:
     net, found = executor.graph, {}
     trained = differentiable(net)
     for n in net:
-        if not isinstance(n.layer, Input):
+        if not isinstance(n.layer, Input) and executor.makes(n.name):
             found[n.name] = (executor.box(n.name), executor.output(n.name).copy())
             if n.name in trained and not isinstance(n.layer, Loss):
                 found[f"{n.name} gradient"] = (executor.box(n.name), executor.output_gradient(n.name).copy())

@@ -8,8 +8,11 @@ from hpctrain.errors import BackendUnavailable
 NAMES = ("reference", "native")
 
 
-def get(name: str) -> Backend:
-    """The backend called `name`. Raises BackendUnavailable where it cannot run here, with the remedy."""
+def get(name: str, exact: bool = False) -> Backend:
+    """The backend called `name`; `exact`: without Winograd's convolution.
+
+    Raises BackendUnavailable where it cannot run here, with the remedy.
+    """
     if name == "reference":
         from hpctrain.backends.reference import Reference
 
@@ -17,5 +20,5 @@ def get(name: str) -> Backend:
     if name == "native":
         from hpctrain.backends.native import Native
 
-        return Native()
+        return Native(exact)
     raise BackendUnavailable(f"backend {name!r} does not exist; choose one of {', '.join(NAMES)}")

@@ -4,6 +4,9 @@ Arrays are channels last, `(N, [D,] H, W, C)`, weights `([kd,] kh, kw, Cin, Cout
 Every operation writes into `out`, which the caller owns; `*_grad` and `conv_dw` overwrite, they do not add.
 A convolution or pooling input arrives assembled: its halo and padding are already part of `x`, so its output extent is
 exactly `(extent - dilation * (kernel - 1) - 1) // stride + 1`. NaN and infinity pass through every operation.
+
+Where arrays are bfloat16 (`ml_dtypes.bfloat16`), sums are float32, and so are vectors (biases, gamma, beta) and every
+gradient by a weight; what is stored as bfloat16 is rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class Backend(Protocol):
 
     name: str
     dtypes: tuple[str, ...]
-    """Float types that it computes in, e.g. ("float32", "float64")."""
+    """Float types that it computes in, e.g. ("float32", "float64", "bfloat16")."""
 
     def describe(self) -> str:
         """One line for the run's log: what computes what."""
@@ -41,8 +44,21 @@ class Backend(Protocol):
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         """out[n, o, k] = sum over taps t and c of x[n, o * stride + t * dilation, c] w[t, c, k] (cross-correlation).
+
+        Then `bias` (filters,) is added, and what is <= 0 becomes `slope` times itself: 0 is `relu`, other slopes are
+        leaky_relu, and 1 changes nothing.
 
         With `groups`, channels of x and filters fall into as many equal runs, and each run of filters reads its own run
         of channels: w is (*kernel, C / groups, filters).
@@ -54,14 +70,29 @@ class Backend(Protocol):
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         """Adjoint of `conv` in w."""
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        """out = op(a) @ op(b) for matrices; op transposes where asked."""
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        """out = op(a) @ op(b) for matrices; op transposes where asked. `bias` and `slope` as of `conv`."""
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         """y[..., c] += b[c], in place."""
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
-        """out[c] = sum of dy[..., c]."""
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        """out[c] = sum of dy[..., c]. Where y is given, first `activation_grad(dy, y, slope)`, which changes dy."""
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        """out = x, from bfloat16 to float32. 1D arrays."""
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        """out = x, from float32 to bfloat16: to nearest, ties to even. 1D arrays."""
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 
@@ -96,7 +127,7 @@ class Backend(Protocol):
     def resample_dx(self, dy: Floats, out: Floats, dim: int, index: Ints, weight: Floats) -> None:
         """Adjoint of `resample`; elements that no output reads get 0."""
 
-    # --- normalization: statistics are float64, gamma and beta are of x's dtype ---------------------------------------
+    # --- normalization: statistics are float64, gamma and beta are of x's dtype, or float32 beside bf16 ---------------
     #
     # Statistics, gamma and beta broadcast against x: shape (C,) is per channel, (N, 1, 1, 1) per sample, (N, 1, 1, C)
     # per sample and channel, (N, H, W, 1) per position. Sums are over the dims that their output has not, or has as 1.
@@ -104,13 +135,38 @@ class Backend(Protocol):
     def moments(self, x: Floats, mean: Floats, m2: Floats) -> None:
         """The mean, and the sum of squared differences from it (0 where nothing is summed)."""
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        """out = (x - mean) * rstd * gamma + beta."""
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        """out = act((x - mean) * rstd * gamma + beta [+ add]), where act multiplies by `slope` what is not above 0.
+
+        1 is no activation and 0 that of `relu`. Raises ValueError on a slope below 0.
+        """
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
-        """Sums of dy and of dy * xhat, with xhat = (x - mean) * rstd."""
+        """Sums of dy and of dy * xhat, with xhat = (x - mean) * rstd.
+
+        Where y, the output of an activated `normalize`, is given, first `activation_grad(dy, y, slope)`, which changes
+        dy: it is then also the gradient by `add`.
+        """
 
     def normalize_dx(
         self,
@@ -135,6 +191,13 @@ class Backend(Protocol):
 
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         """out = dy where y > 0, else 0; y is the output of `relu`."""
+
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        """dy = dy where y > 0, else slope * dy, in place, and 0 where the slope is 0, whatever dy is.
+
+        The gradient of an activation with that slope below 0 by its output y. That tells the side only where the slope
+        is not below 0: else raises ValueError.
+        """
 
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
         """out = a * b; out may be a or b."""
@@ -168,6 +231,15 @@ class Backend(Protocol):
     ) -> None:
         """Gradient by the logits of the sum over n of scale[n] * loss[n]."""
 
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        """Of each sample's positions whose label is in [0, K), three numbers per sample, each (N,).
+
+        total: the sum of weight[label]. correct: how many have their largest logit, the first where tied, at the label.
+        count: how many there are. Logits (N, ..., K), labels (N, ...), `weight` (K,).
+        """
+
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
         """loss[n] = sum of f(x, target), of one shape (N, ...), for f named by `kind`: one of POINTWISE_LOSSES.
 
@@ -179,6 +251,9 @@ class Backend(Protocol):
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
         """Gradient by x of the sum over n of scale[n] * loss[n]; 0 at the kink of absolute."""
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        """out[n] = for how many elements of sample n, of arrays (N, ...), x > 0 goes with target > 0.5."""
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

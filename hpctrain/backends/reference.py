@@ -6,15 +6,17 @@ from math import prod
 
 import numpy as np
 
-from hpctrain.backends import pointwise, windows
+from hpctrain.backends import losses, pointwise, windows
 from hpctrain.backends.base import Array, Floats, Ints, Sizes
+from hpctrain.backends.rounding import in_float32, to_bfloat16
 
 
+@in_float32("describe", "empty", "use_threads", "widen", "narrow")
 class Reference:
     """NumPy, one thread of Python; what the other backends are compared with."""
 
     name = "reference"
-    dtypes: tuple[str, ...] = ("float32", "float64")
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16")
 
     def describe(self) -> str:
         return f"reference: NumPy {np.__version__} for everything"
@@ -27,8 +29,19 @@ class Reference:
 
     # --- convolution and matrix multiplication -------------------------------------------------------------------
 
-    def conv(self, x: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
+    def conv(
+        self,
+        x: Floats,
+        w: Floats,
+        out: Floats,
+        stride: Sizes,
+        dilation: Sizes,
+        groups: int = 1,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         windows.conv(x, w, out, stride, dilation, groups)
+        _finish(out, bias, slope)
 
     def conv_dx(self, dy: Floats, w: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         windows.conv_dx(dy, w, out, stride, dilation, groups)
@@ -36,14 +49,32 @@ class Reference:
     def conv_dw(self, x: Floats, dy: Floats, out: Floats, stride: Sizes, dilation: Sizes, groups: int = 1) -> None:
         windows.conv_dw(x, dy, out, stride, dilation, groups)
 
-    def gemm(self, a: Floats, b: Floats, out: Floats, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    def gemm(
+        self,
+        a: Floats,
+        b: Floats,
+        out: Floats,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
         np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
+        _finish(out, bias, slope)
 
     def bias_add(self, y: Floats, b: Floats) -> None:
         y += b
 
-    def bias_grad(self, dy: Floats, out: Floats) -> None:
+    def bias_grad(self, dy: Floats, out: Floats, y: Floats | None = None, slope: float = 1.0) -> None:
+        if y is not None:
+            self.activation_grad(dy, y, slope)
         out[...] = _sum_to(dy, out)
+
+    def widen(self, x: Floats, out: Floats) -> None:
+        out[...] = x
+
+    def narrow(self, x: Floats, out: Floats) -> None:
+        out[...] = to_bfloat16(x)
 
     # --- pooling ---------------------------------------------------------------------------------------------------
 
@@ -108,12 +139,38 @@ class Reference:
         mean[...] = _sum_to(x, mean) / max(1, count)
         m2[...] = _sum_to(np.square(x - mean), m2)
 
-    def normalize(self, x: Floats, mean: Floats, rstd: Floats, gamma: Floats, beta: Floats, out: Floats) -> None:
-        out[...] = (x - mean) * rstd * gamma + beta
+    def normalize(
+        self,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        gamma: Floats,
+        beta: Floats,
+        out: Floats,
+        add: Floats | None = None,
+        slope: float = 1.0,
+    ) -> None:
+        _require_slope(slope)
+        value = (x - mean) * rstd * gamma + beta
+        if add is not None:
+            value = value + add
+        out[...] = (
+            value if slope == 1 else np.maximum(value, 0) if slope == 0 else np.where(value > 0, value, slope * value)
+        )
 
     def normalize_grad(
-        self, dy: Floats, x: Floats, mean: Floats, rstd: Floats, sum_dy: Floats, sum_dy_xhat: Floats
+        self,
+        dy: Floats,
+        x: Floats,
+        mean: Floats,
+        rstd: Floats,
+        sum_dy: Floats,
+        sum_dy_xhat: Floats,
+        y: Floats | None = None,
+        slope: float = 1.0,
     ) -> None:
+        if y is not None:
+            self.activation_grad(dy, y, slope)
         sum_dy[...] = _sum_to(dy, sum_dy)
         sum_dy_xhat[...] = _sum_to((x - mean) * rstd * dy, sum_dy_xhat)
 
@@ -142,6 +199,10 @@ class Reference:
     def relu_dx(self, dy: Floats, y: Floats, out: Floats) -> None:
         np.copyto(out, np.where(y > 0, dy, 0))
 
+    def activation_grad(self, dy: Floats, y: Floats, slope: float) -> None:
+        _require_slope(slope)
+        np.copyto(dy, slope * dy if slope else np.zeros_like(dy), where=~(y > 0))
+
     def multiply(self, a: Floats, b: Floats, out: Floats) -> None:
         np.multiply(a, b, out=out)
 
@@ -165,42 +226,28 @@ class Reference:
     def cross_entropy(
         self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
     ) -> None:
-        if logits.size == 0:
-            loss.fill(0)
-            return
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        np.exp(shifted, out=probability)
-        total = probability.sum(axis=-1, keepdims=True, dtype=np.float64)
-        np.divide(probability, total, out=probability)
-        # -log probability is base - shifted
-        counts, label = _classes(labels, logits.shape[-1])
-        base, at_label = np.log(total[..., 0]), np.take_along_axis(shifted, label[..., None], -1)[..., 0]
-        terms = (1 - smoothing) * weight[label] * (base - at_label)
-        if smoothing:  # 0 times the infinity of a class that a logit of -inf excludes would be NaN
-            terms += smoothing / logits.shape[-1] * (base * weight.sum() - shifted @ weight)
-        loss[...] = _per_sample(np.where(counts, terms, 0))
+        losses.cross_entropy(logits, labels, weight, smoothing, loss, probability)
 
     def cross_entropy_dx(
         self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats
     ) -> None:
-        if out.size == 0:
-            return
-        counts, label = _classes(labels, out.shape[-1])
-        hit, rest = (1 - smoothing) * weight[label], smoothing / out.shape[-1] * weight
-        np.multiply(probability, (hit + rest.sum())[..., None], out=out)
-        out -= rest
-        at_label = np.take_along_axis(out, label[..., None], -1)
-        np.put_along_axis(out, label[..., None], at_label - hit[..., None], -1)
-        out *= _rows(scale, out)
-        out[~counts] = 0
+        losses.cross_entropy_dx(probability, labels, weight, smoothing, scale, out)
+
+    def label_scores(
+        self, logits: Floats, labels: Ints, weight: Floats, total: Floats, correct: Floats, count: Floats
+    ) -> None:
+        losses.label_scores(logits, labels, weight, total, correct, count)
 
     def pointwise_loss(self, kind: str, x: Floats, target: Floats, loss: Floats, delta: float = 1.0) -> None:
-        loss[...] = _per_sample(pointwise.loss(kind, x, target, delta))
+        loss[...] = losses.per_sample(pointwise.loss(kind, x, target, delta))
 
     def pointwise_loss_dx(
         self, kind: str, x: Floats, target: Floats, scale: Floats, out: Floats, delta: float = 1.0
     ) -> None:
-        np.multiply(pointwise.loss_slope(kind, x, target, delta), _rows(scale, x), out=out)
+        np.multiply(pointwise.loss_slope(kind, x, target, delta), losses.rows(scale, x), out=out)
+
+    def agreement(self, x: Floats, target: Floats, out: Floats) -> None:
+        out[...] = losses.per_sample((x > 0) == (target > 0.5))
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -248,26 +295,26 @@ class Reference:
         return float(np.square(x, dtype=np.float64).sum())
 
 
+def _finish(out: Array, bias: Array | None, slope: float) -> None:
+    """Adds the bias and applies the activation of `conv` and `gemm`, in place."""
+    if bias is not None:
+        out += bias
+    if slope == 0:
+        np.maximum(out, 0, out=out)
+    elif slope != 1:
+        out[...] = pointwise.activation("leaky_relu", out, slope)
+
+
+def _require_slope(slope: float) -> None:
+    if not slope >= 0:
+        raise ValueError(f"slope {slope}; a fused activation's is 0 or more")
+
+
 def _sum_to(x: Array, like: Array) -> Array:
     """x summed in float64 over the dims that `like`, which broadcasts against it, has not or has as 1."""
     shape = (1,) * (x.ndim - like.ndim) + like.shape
     axes = tuple(d for d, n in enumerate(shape) if n == 1)
     return x.sum(axis=axes, dtype=np.float64).reshape(like.shape)
-
-
-def _per_sample(values: Array) -> Array:
-    return values.sum(axis=tuple(range(1, values.ndim)), dtype=np.float64)
-
-
-def _rows(scale: Array, like: Array) -> Array:
-    """A factor per sample, shaped to multiply an array (N, ...)."""
-    return scale.reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def _classes(labels: Ints, classes: int) -> tuple[Array, Ints]:
-    """Whether each label is one of the classes, and labels that are an index everywhere."""
-    counts = (labels >= 0) & (labels < classes)
-    return counts, np.where(counts, labels, 0)
 
 
 def _without_duplicates(values: Ints) -> list[Ints]:

@@ -1,8 +1,9 @@
 """One mechanism for every change of ownership: redistribution, halo, padding, channel gather, and their gradients.
 
-An edge of the network owns four arrays. The producer's op writes `fwd.src` and the consumer's reads `fwd.dst`; in
+An edge of the network has four arrays. The producer's op writes `fwd.src` and the consumer's reads `fwd.dst`; in
 backward the consumer's op writes `bwd.src` and the producer's reads `bwd.dst`. Where a rank wants all that it has
 (halo, gather), `fwd.src` is the interior of `fwd.dst` and `bwd.dst` that of `bwd.src`: the interior is never copied.
+What nobody sends, padding, is filled anew at every transfer, as the memory may be another array's in between.
 
     x = edge.fwd.reserve(); op.forward(..., out=x); edge.fwd.start(); y = edge.fwd.finish()
 """
@@ -17,6 +18,7 @@ from mpi4py import MPI
 from mpi4py.util import dtlib
 
 from hpctrain.partition import Box, contains, extent, volume, within
+from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
 
 MOST_ELEMENTS = 2**31 - 1
@@ -50,11 +52,14 @@ class Way:
         recvs: Sequence[tuple[int, list[np.ndarray]]],
         add: bool,
         tag: int,
+        clear: bool = False,
+        borders: Sequence[np.ndarray] = (),
+        fill: float = 0.0,
     ) -> None:
         """`own` are the parts that stay on this rank and do not lie in memory that `dst` shares with `src`."""
         self.src, self.dst = src, dst
-        self._own, self._add = own, add
-        self._clear = add and not np.shares_memory(src, dst)
+        self._own, self._add, self._clear = own, add, clear
+        self._borders, self._fill = borders, fill
         self._out = [_message(peer, views, direct=True) for peer, views in sends]
         self._in = [_message(peer, views, direct=not add) for peer, views in recvs]
         self._types: list[MPI.Datatype] = []
@@ -67,6 +72,7 @@ class Way:
 
     def _spec(self, buffer: np.ndarray) -> np.ndarray | list[Any]:
         """`buffer` as MPI takes it: where its elements are too many to be counted, as one element of a large type."""
+        buffer = buffer.view(np.uint16) if buffer.dtype == BF16 else buffer  # MPI has no such type
         if buffer.size <= MOST_ELEMENTS:
             return buffer
         element = dtlib.from_numpy_dtype(buffer.dtype)
@@ -83,6 +89,8 @@ class Way:
 
     def start(self) -> None:
         """Begin the transfer; `src` must not be written until `finish`."""
+        for border in self._borders:
+            border.fill(self._fill)
         for message in self._out:
             for view, place in message.parts:
                 np.copyto(place, view)
@@ -121,6 +129,33 @@ class Way:
         self._requests, self._types = [], []
 
 
+class Arrays(NamedTuple):
+    """The arrays of an edge on one rank; those of backward are None where no gradient flows."""
+
+    src: np.ndarray
+    dst: np.ndarray
+    inplace: bool
+    """Whether `src` is the part of `dst` that this rank owns."""
+    gradient: np.ndarray | None
+    """What the consumer writes in backward, and `back` what the producer then reads."""
+    back: np.ndarray | None
+    inplace_back: bool
+
+
+def own_arrays(have: Region, want: Region, rank: int, dtype: np.dtype, backward: bool) -> Arrays:
+    """Arrays of an edge alone."""
+    mine, wish = have.box(rank), want.box(rank)
+    inplace = volume(mine) > 0 and contains(wish, mine)
+
+    def pair() -> tuple[np.ndarray, np.ndarray]:
+        outer = np.zeros(extent(wish), dtype)
+        return outer, outer[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
+
+    y, x = pair()
+    dy, dx = pair() if backward else (None, None)
+    return Arrays(x, y, inplace, dy, dx, inplace)
+
+
 class Exchange:
     """Rank r owns `have.box(r)` of a global array (disjoint boxes) and wants `want.box(r)`.
 
@@ -134,44 +169,57 @@ class Exchange:
         comm: MPI.Intracomm,
         have: Region,
         want: Region,
-        dtype: np.dtype,
+        arrays: Arrays,
         fill: float = 0.0,
         tag: int = 0,
-        backward: bool = True,
     ) -> None:
-        mine, wish, me = have.box(comm.rank), want.box(comm.rank), comm.rank
-        inplace = volume(mine) > 0 and contains(wish, mine)
-        own = [share for share in want.shares(me, mine) if share.moved or not inplace]
+        me = comm.rank
+        mine, wish = have.box(me), want.box(me)
+        own = want.shares(me, mine)
         outgoing = [(r, want.shares(r, mine)) for r in want.meeting(mine) if r != me]
         incoming = [(r, want.shares(me, have.box(r))) for r in owners(have, want, me) if r != me]
-
-        y = np.full(extent(wish), fill, dtype)
-        x = y[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
+        x, y = arrays.src, arrays.dst
         self.fwd = Way(
             comm,
             x,
             y,
-            [(_target(y, share, wish), _source(x, share, mine)) for share in own],
+            [(_target(y, share, wish), _source(x, share, mine)) for share in own if share.moved or not arrays.inplace],
             [(r, [_source(x, share, mine) for share in shares]) for r, shares in outgoing],
             [(r, [_target(y, share, wish) for share in shares]) for r, shares in incoming],
             add=False,
             tag=tag,
+            borders=[y[box] for box in _borders(have, want, me)],
+            fill=fill,
         )
         self.bwd: Way | None = None
-        if not backward:
+        dy, dx = arrays.gradient, arrays.back
+        if dy is None or dx is None:
             return
-        dy = np.zeros(extent(wish), dtype)
-        dx = dy[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
+        kept = arrays.inplace_back
         self.bwd = Way(
             comm,
             dy,
             dx,
-            [(_source(dx, share, mine), _target(dy, share, wish)) for share in own],
+            [(_source(dx, share, mine), _target(dy, share, wish)) for share in own if share.moved or not kept],
             [(r, [_target(dy, share, wish) for share in shares]) for r, shares in incoming],
             [(r, [_source(dx, share, mine) for share in shares]) for r, shares in outgoing],
             add=True,
             tag=tag + 1,
+            clear=not kept,
         )
+
+    @staticmethod
+    def alone(
+        comm: MPI.Intracomm,
+        have: Region,
+        want: Region,
+        dtype: np.dtype,
+        fill: float = 0.0,
+        tag: int = 0,
+        backward: bool = True,
+    ) -> Exchange:
+        """An edge that has arrays of its own."""
+        return Exchange(comm, have, want, own_arrays(have, want, comm.rank, dtype, backward), fill, tag)
 
     @property
     def ways(self) -> list[Way]:
@@ -182,6 +230,26 @@ class Exchange:
         """Release MPI resources."""
         for way in self.ways:
             way.free()
+
+
+def _borders(have: Region, want: Region, rank: int) -> list[Box]:
+    """Slabs that cover what `rank` wants beyond the array, in the coordinates of what it wants."""
+    wish = want.box(rank)
+    if volume(wish) == 0:
+        return []
+    everything = tuple(slice(0, max(stop for _, stop in cut.intervals)) for cut in have.cuts)
+    shares = want.shares(rank, everything)
+    if not shares:
+        return [tuple(slice(0, n) for n in extent(wish))]
+    found, inner = [], [slice(0, n) for n in extent(wish)]
+    for d, s in enumerate(wish):
+        first = min(share.target[d].start for share in shares) - s.start
+        last = max(share.target[d].stop for share in shares) - s.start
+        for slab in (slice(0, first), slice(last, s.stop - s.start)):
+            if slab.start < slab.stop:
+                found.append((*inner[:d], slab, *inner[d + 1 :]))
+        inner[d] = slice(first, last)
+    return found
 
 
 def _source(block: np.ndarray, share: Share, box: Box) -> np.ndarray:

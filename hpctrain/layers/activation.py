@@ -21,6 +21,8 @@ TRANSCENDENTAL = 10
 class ReLU(Layer):
     """y = max(x, 0) for each element; any shape."""
 
+    keeps_inputs: ClassVar[bool] = False
+
     def output_shape(self, *x: Shape) -> Shape:
         return x[0]
 
@@ -50,6 +52,7 @@ class ReLUOp:
 class Activation(Layer):
     """y = f(x) for each element, f being the backend's function `kind`; any shape."""
 
+    keeps_output: ClassVar[bool] = False
     kind: ClassVar[str]
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -140,6 +143,8 @@ class Softmax(Layer):
 
     Where channels are cut, each rank fetches all channels of its positions and keeps its own of the result.
     """
+
+    keeps_inputs: ClassVar[bool] = False
 
     def output_shape(self, *x: Shape) -> Shape:
         if len(x[0]) < 2:

@@ -39,6 +39,14 @@ class Weight:
     decay: bool = False
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What follows a layer within its op: another tensor is added (`adds`), then values below 0 are times `slope`."""
+
+    adds: bool = False
+    slope: float = 1.0
+
+
 class Layer:
     """What a layer computes: shapes, data needs, cost. Subclasses are frozen dataclasses; the planner's view."""
 
@@ -46,6 +54,14 @@ class Layer:
     """How many inputs it takes."""
     fill: ClassVar[float] = 0.0
     """What stands where a needed box leaves the input."""
+    keeps_inputs: ClassVar[bool] = True
+    """Whether the op's backward reads the inputs of its forward."""
+    keeps_output: ClassVar[bool] = True
+    """Whether the op's backward reads the output of its forward."""
+    takes_tail: ClassVar[bool] = False
+    """Whether the op can go on with an activation (Place.tail). Its backward then reads its output, and changes dy."""
+    takes_addend: ClassVar[bool] = False
+    """Whether it can add a tensor before that: the op's last input, whose gradient is what it leaves in dy."""
 
     def output_shape(self, *x: Shape) -> Shape:
         """Global output shape for these global input shapes. Raises PlanError where they do not fit."""
@@ -114,10 +130,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a pass is for: whether it trains (batch statistics, dropout), and the number of the step, from 0."""
+    """What a pass is for: whether it trains (batch statistics, dropout), the number of the step, from 0, and whether it
+    runs `again` what this step has run already, because its output was not kept.
+    """
 
     training: bool = True
     step: int = 0
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,7 @@ class Place:
     output: Box
     weights: Mapping[str, Box]
     comm: MPI.Intracomm | None
+    tail: Tail = Tail()
 
 
 class Op(Protocol):

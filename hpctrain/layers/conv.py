@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from hpctrain.backends.base import Array
+from hpctrain.backends.base import Array, Backend
 from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Layer, Phase, Place, Weight, tensor_axes
 from hpctrain.layers.window import Number, Padding, Window, windows
@@ -21,6 +21,7 @@ BORDERS = {"zero": FILL, "periodic": WRAP, "reflect": REFLECT}
 class Grouped(Layer):
     """What convolutions of both directions share: their work is the output's dims, then the channels of a group."""
 
+    keeps_output: ClassVar[bool] = False
     groups: int
 
     def work_shape(self, *x: Shape) -> Shape:
@@ -42,6 +43,7 @@ class Conv(Grouped):
     Work: the output's dims, then input channels. Axis "channel" cuts filters, "contraction" the channels of a group.
     """
 
+    takes_tail: ClassVar[bool] = True
     filters: int
     kernel: Number
     stride: Number = 1
@@ -85,31 +87,33 @@ class Conv(Grouped):
 
 
 class ConvOp:
-    """A valid convolution of the assembled input box, one call per run of groups."""
+    """A valid convolution of the assembled input box, one call per run of groups, with its bias and activation."""
 
     def __init__(self, layer: Conv, place: Place) -> None:
         found = layer.windows(place.shapes[0])
         self.backend = place.backend
         self.stride = tuple(w.stride for w in found)
         self.dilation = tuple(w.dilation for w in found)
-        self.own_bias = own_part(place)
+        self.own_bias, self.slope = own_part(place), place.tail.slope
         self.runs = list(group_runs(layer.filters, layer.groups, place))
         self.reads_all = covers(self.runs, place)
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        self.x = x[0]
+        self.x, self.y = x[0], y
+        inside = covers_all(self.own_bias, y)
         for run in self.runs:
             into, kernel = y[..., run.filters], w["weight"][..., run.filters]
-            self.backend.conv(self.x[..., run.channels], kernel, into, self.stride, self.dilation, run.groups)
-        if self.own_bias is not None:
+            bias = w["bias"][run.filters] if inside else None
+            channels = self.x[..., run.channels]
+            self.backend.conv(channels, kernel, into, self.stride, self.dilation, run.groups, bias, self.slope)
+        if self.own_bias is not None and not inside:
             self.backend.bias_add(y[..., self.own_bias], w["bias"])
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
+        through_tail(self.backend, dy, self.y, self.own_bias, self.slope, dw)
         for run in self.runs:
             x, into = self.x[..., run.channels], dw["weight"][..., run.filters]
             self.backend.conv_dw(x, dy[..., run.filters], into, self.stride, self.dilation, run.groups)
-        if self.own_bias is not None:
-            self.backend.bias_grad(dy[..., self.own_bias], dw["bias"])
         if dx[0] is None:
             return
         if not self.reads_all:
@@ -198,3 +202,20 @@ def own_part(place: Place) -> slice | None:
         return None
     (bias,), channels = place.weights["bias"], place.output[-1]
     return slice(bias.start - channels.start, bias.stop - channels.start)
+
+
+def covers_all(own_bias: slice | None, y: Array) -> bool:
+    """Whether this rank's bias is that of all its outputs, as it is unless these are partial sums."""
+    return own_bias is not None and own_bias == slice(0, y.shape[-1])
+
+
+def through_tail(
+    backend: Backend, dy: Array, y: Array, own_bias: slice | None, slope: float, dw: Mapping[str, Array]
+) -> None:
+    """Turn `dy`, the gradient behind the activation, in place into that before it, and sum it into that of the bias."""
+    if own_bias is not None and slope == 1:
+        backend.bias_grad(dy[..., own_bias], dw["bias"])
+    elif own_bias is not None:
+        backend.bias_grad(dy, dw["bias"], y, slope)
+    elif slope != 1:
+        backend.activation_grad(dy, y, slope)

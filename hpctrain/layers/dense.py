@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import ClassVar
 
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Layer, Phase, Place, Weight
-from hpctrain.layers.conv import own_part
+from hpctrain.layers.conv import covers_all, own_part, through_tail
 from hpctrain.partition import AxisNames, Shape
 from hpctrain.regions import Along
 
@@ -21,6 +22,8 @@ class Dense(Layer):
     Work (N, units, C): axis "channel" cuts units, "contraction" cuts C, whose partial sums are reduce-scattered.
     """
 
+    keeps_output: ClassVar[bool] = False
+    takes_tail: ClassVar[bool] = True
     units: int
     bias: bool = True
 
@@ -62,21 +65,21 @@ class Dense(Layer):
 
 
 class DenseOp:
-    """Three matrix products."""
+    """Three matrix products, the first with bias and activation."""
 
     def __init__(self, place: Place) -> None:
         self.backend = place.backend
-        self.own_bias = own_part(place)
+        self.own_bias, self.slope = own_part(place), place.tail.slope
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        self.x = x[0]
-        self.backend.gemm(self.x, w["weight"], y)
-        if self.own_bias is not None:
+        self.x, self.y = x[0], y
+        inside = covers_all(self.own_bias, y)
+        self.backend.gemm(self.x, w["weight"], y, bias=w["bias"] if inside else None, slope=self.slope)
+        if self.own_bias is not None and not inside:
             self.backend.bias_add(y[:, self.own_bias], w["bias"])
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
+        through_tail(self.backend, dy, self.y, self.own_bias, self.slope, dw)
         self.backend.gemm(self.x, dy, dw["weight"], transpose_a=True)
-        if self.own_bias is not None:
-            self.backend.bias_grad(dy[:, self.own_bias], dw["bias"])
         if dx[0] is not None:
             self.backend.gemm(dy, w["weight"], dx[0], transpose_b=True)

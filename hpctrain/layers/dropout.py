@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from hpctrain.errors import PlanError
 from hpctrain.layers.base import Layer, Phase, Place
 from hpctrain.partition import Box, Shape, extent, volume, within
 
-SLAB = 2**20
-"""Random words, of 8 bytes, drawn at a time."""
+SLAB = 2**15
+"""Random words, of 8 bytes, drawn at a time: few, as they and the stream that they come from are temporary."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Dropout(Layer):
     y = x.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     rate: float = 0.5
     whole_channels: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class GroupNorm(Layer):
     and the channels of a group (Wu & He 2018): `groups` equal runs of channels. Channels may be cut anywhere.
     """
 
+    keeps_output: ClassVar[bool] = False
     groups: int
     eps: float = 1e-5
 
@@ -48,6 +50,7 @@ class GroupNorm(Layer):
 class InstanceNorm(Layer):
     """Group norm with a group for each channel (Ulyanov et al. 2016); gamma and beta only if `affine`."""
 
+    keeps_output: ClassVar[bool] = False
     eps: float = 1e-5
     affine: bool = True
 
@@ -137,4 +140,4 @@ class GroupNormOp:
 
     def _spread(self, values: Array) -> Array:
         """Values (N, groups) as (N, 1, .., C), each channel its group's."""
-        return values[:, self.group].reshape(self.shape)
+        return np.take(values, self.group, axis=1).reshape(self.shape)

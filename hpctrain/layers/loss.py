@@ -31,6 +31,7 @@ class Loss(Layer):
     are dealt out among the ranks that share them.
     """
 
+    keeps_output: ClassVar[bool] = False
     inputs: ClassVar[range] = range(2, 3)
     score: ClassVar[str]
     """What column SCORE, divided by COUNT, is called in the metrics."""
@@ -103,49 +104,45 @@ class SoftmaxCrossEntropy(Loss):
         return wrong if self.ignore is None else wrong & (target != self.ignore)
 
     def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
-        return itemsize * prod(x[0])
+        return itemsize * prod(x[0]) + (0 if self.ignore is None else 9 * prod(x[1]))
 
     def bind(self, place: Place) -> SoftmaxCrossEntropyOp:
         return SoftmaxCrossEntropyOp(self, place)
 
 
 class SoftmaxCrossEntropyOp:
-    """Remembers the probabilities."""
+    """Remembers the probabilities, and the labels without those to be ignored."""
 
     def __init__(self, layer: SoftmaxCrossEntropy, place: Place) -> None:
         self.layer, self.backend = layer, place.backend
         classes = place.shapes[0][-1]
         self.class_weights = np.array(layer.class_weights or [1.0] * classes, place.dtype)
         self.probability = place.backend.empty(extent(place.inputs[0]), place.dtype)
+        if layer.ignore is not None:
+            self.counted = place.backend.empty(extent(place.inputs[1]), np.dtype(np.int64))
+            self.ignored = place.backend.empty(extent(place.inputs[1]), np.dtype(bool))
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        logits, labels = x
+        logits, self.labels = x
         if logits.size == 0:
             y.fill(0)
             return
         # labels out of range end the run after this step, on all ranks; until then they count for nothing
-        self.labels = labels if self.layer.ignore is None else np.where(labels == self.layer.ignore, -1, labels)
+        if self.layer.ignore is not None:
+            np.equal(self.labels, self.layer.ignore, out=self.ignored)
+            np.copyto(self.counted, self.labels)
+            np.copyto(self.counted, -1, where=self.ignored)
+            self.labels = self.counted
         self.backend.cross_entropy(
             logits, self.labels, self.class_weights, self.layer.smoothing, y[:, LOSS], self.probability
         )
-        classes = logits.shape[-1]
-        counts = (self.labels >= 0) & (self.labels < classes)
-        y[:, WEIGHT] = y[:, COUNT] = per_sample(counts)
-        y[:, SCORE] = per_sample(counts & (logits.argmax(axis=-1) == self.labels))
-        if self.layer.class_weights is not None:
-            weights = self.class_weights.astype(np.float64)[np.clip(self.labels, 0, classes - 1)]
-            y[:, WEIGHT] = per_sample(np.where(counts, weights, 0.0))
+        self.backend.label_scores(logits, self.labels, self.class_weights, y[:, WEIGHT], y[:, SCORE], y[:, COUNT])
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         if (into := dx[0]) is not None and into.size:
             self.backend.cross_entropy_dx(
                 self.probability, self.labels, self.class_weights, self.layer.smoothing, dy[:, LOSS], into
             )
-
-
-def per_sample(values: Array) -> Array:
-    """Sums (N,) of values (N, ...), float64."""
-    return values.reshape(len(values), -1).sum(axis=1, dtype=np.float64)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -230,7 +227,7 @@ class ElementwiseOp:
         self.backend.pointwise_loss(self.kind, self.x, self.target, y[:, LOSS], self.delta)
         y[:, WEIGHT] = y[:, COUNT] = prod(self.x.shape[1:])
         if self.kind == "logistic":
-            y[:, SCORE] = per_sample((self.x > 0) == (self.target > 0.5))
+            self.backend.agreement(self.x, self.target, y[:, SCORE])
         else:
             self.backend.pointwise_loss("absolute", self.x, self.target, y[:, SCORE])
 

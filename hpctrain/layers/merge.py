@@ -24,6 +24,8 @@ SEVERAL = range(2, 100)
 class Add(Layer):
     """The sum of two or more tensors of one shape (a residual connection)."""
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     inputs: ClassVar[range] = SEVERAL
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -57,6 +59,7 @@ class AddOp:
 class Multiply(Layer):
     """The product, element by element, of two or more tensors of one shape (a gate)."""
 
+    keeps_output: ClassVar[bool] = False
     inputs: ClassVar[range] = SEVERAL
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -108,6 +111,8 @@ class Concat(Layer):
     `dim` may be any but the batch, and may be cut: a block of the output needs nothing of an input outside it.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     inputs: ClassVar[range] = SEVERAL
     dim: int = -1
 

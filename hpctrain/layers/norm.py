@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class BatchNorm(Layer):
     unbiased one); evaluation uses the running ones.
     """
 
+    keeps_output: ClassVar[bool] = False
+    takes_tail: ClassVar[bool] = True
+    takes_addend: ClassVar[bool] = True
     eps: float = 1e-5
     momentum: float = 0.1
     groups: int = 1
@@ -55,16 +59,29 @@ class BatchNorm(Layer):
 
 
 class BatchNormOp:
-    """Two small allgathers a step, merged in rank order: all ranks hold the same bits. Empty blocks take part too."""
+    """Two small allgathers a step, merged in rank order: all ranks hold the same bits. Empty blocks take part too.
+
+    With a tail it then adds its second input, and rectifies; dy first becomes the gradient before that.
+    """
 
     def __init__(self, layer: BatchNorm, place: Place) -> None:
-        self.layer, self.backend, self.comm = layer, place.backend, place.comm
+        self.layer, self.backend, self.comm, self.tail = layer, place.backend, place.comm, place.tail
         self.parts = _groups(layer.groups, place.shapes[0][0], place.output)
         self.shape = (layer.groups, *extent(place.output[-1:]))
         self.mean, self.rstd = np.zeros((2, *self.shape))
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        self.x = x[0]
+        self.x, self.y = x[0], y
+        if not phase.again:  # else they are what they were
+            self._normalize_by(phase, w)
+        for group, rows in self.parts:
+            mean, rstd = self.mean[group], self.rstd[group]
+            add = x[1][rows] if self.tail.adds else None
+            self.backend.normalize(
+                self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows], add=add, slope=self.tail.slope
+            )
+
+    def _normalize_by(self, phase: Phase, w: Mapping[str, Array]) -> None:
         if phase.training:
             self.mean, var = self._statistics(w)
         else:
@@ -72,9 +89,6 @@ class BatchNormOp:
                 np.broadcast_to(w[name].astype(np.float64), self.shape) for name in ("running_mean", "running_var")
             )
         self.rstd = 1.0 / np.sqrt(var + self.layer.eps)
-        for group, rows in self.parts:
-            mean, rstd = self.mean[group], self.rstd[group]
-            self.backend.normalize(self.x[rows], mean, rstd, w["gamma"], w["beta"], y[rows])
 
     def _statistics(self, w: Mapping[str, Array]) -> tuple[Array, Array]:
         mine = np.zeros((3, *self.shape))
@@ -92,10 +106,15 @@ class BatchNormOp:
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         sums = np.zeros((2, *self.shape))
         for group, rows in self.parts:
-            mean, rstd = self.mean[group], self.rstd[group]
-            self.backend.normalize_grad(dy[rows], self.x[rows], mean, rstd, sums[0, group], sums[1, group])
+            mean, rstd, slope = self.mean[group], self.rstd[group], self.tail.slope
+            y = None if slope == 1 else self.y[rows]
+            self.backend.normalize_grad(
+                dy[rows], self.x[rows], mean, rstd, sums[0, group], sums[1, group], y=y, slope=slope
+            )
         # this rank's own sums: the executor adds gradients over ranks
         dw["beta"][...], dw["gamma"][...] = sums.sum(axis=1)
+        if self.tail.adds and (added := dx[1]) is not None:
+            np.copyto(added, dy)
         if (into := dx[0]) is None:
             return
         means = w["gamma"] * gather(self.comm, sums).sum(axis=0) / self.count
@@ -130,6 +149,7 @@ class LayerNorm(Layer):
     gamma and beta have the shape of these dims, and are cut as they are.
     """
 
+    keeps_output: ClassVar[bool] = False
     dims: int = 1
     eps: float = 1e-5
 
@@ -147,43 +167,57 @@ class LayerNorm(Layer):
     def flops(self, *x: Shape) -> int:
         return 8 * prod(x[0])
 
+    def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
+        statistics, weights = prod(output[: -self.dims]), prod(output[-self.dims :])
+        return itemsize * prod(output) + 8 * 6 * statistics + (8 * 2 + itemsize) * weights
+
     def bind(self, place: Place) -> LayerNormOp:
         return LayerNormOp(self, place)
 
 
 class LayerNormOp:
-    """A statistic for each entry of the dims before the last ones; ranks that cut the last ones merge theirs."""
+    """A statistic for each entry of the dims before the last ones; ranks that cut the last ones merge theirs.
+
+    What is as large as the statistics or the weights is made here, as both may be as large as a sample.
+    """
 
     def __init__(self, layer: LayerNorm, place: Place) -> None:
         self.layer, self.backend, self.comm = layer, place.backend, place.comm
-        self.block = extent(place.output)
-        self.shape = (*self.block[: -layer.dims], *(1,) * layer.dims)
+        block, last = extent(place.output), extent(place.output[-layer.dims :])
+        shape = (*block[: -layer.dims], *(1,) * layer.dims)
+        self.moments, self.sums, self.own = np.zeros((3, *shape)), np.zeros((2, *shape)), np.zeros((2, *last))
+        self.moments[COUNT] = prod(last)
+        self.rstd = np.ones(shape)
+        self.no_offset = np.zeros(last, place.dtype)
+        self.g = place.backend.empty(block, place.dtype)
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        self.x, mine = x[0], np.zeros((3, *self.shape))
+        self.x = x[0]
         if y.size:
-            mine[COUNT] = prod(self.block[-self.layer.dims :])
-            self.backend.moments(self.x, mine[MEAN], mine[M2])
-        self.count, self.mean, m2 = merge_moments(gather(self.comm, mine))
-        self.rstd = 1.0 / np.sqrt(m2 / self.count + self.layer.eps)
+            self.backend.moments(self.x, self.moments[MEAN], self.moments[M2])
+        alone = self.comm is None
+        self.count, self.mean, m2 = self.moments if alone else merge_moments(gather(self.comm, self.moments))
         if y.size:
+            np.divide(m2, self.count, out=self.rstd)
+            self.rstd += self.layer.eps
+            np.sqrt(self.rstd, out=self.rstd)
+            np.divide(1.0, self.rstd, out=self.rstd)
             self.backend.normalize(self.x, self.mean, self.rstd, w["gamma"], w["beta"], y)
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
-        gamma, own = w["gamma"], np.zeros((2, *w["gamma"].shape))
+        gamma = w["gamma"]
         if dy.size:
-            self.backend.normalize_grad(dy, self.x, self.mean, self.rstd, *own)
-        dw["beta"][...], dw["gamma"][...] = own
+            self.backend.normalize_grad(dy, self.x, self.mean, self.rstd, *self.own)
+        dw["beta"][...], dw["gamma"][...] = self.own
         if (into := dx[0]) is None:
             return
-        sums = np.zeros((2, *self.shape))
         if dy.size:
-            g = self.backend.empty(dy.shape, dy.dtype)
-            self.backend.normalize(dy, np.zeros(1), np.ones(1), gamma, np.zeros_like(gamma), g)  # gamma * dy
-            self.backend.normalize_grad(g, self.x, self.mean, self.rstd, *sums)
-        means = gather(self.comm, sums).sum(axis=0) / self.count
+            self.backend.normalize(dy, np.zeros(1), np.ones(1), gamma, self.no_offset, self.g)  # gamma * dy
+            self.backend.normalize_grad(self.g, self.x, self.mean, self.rstd, *self.sums)
+        sums = self.sums if self.comm is None else gather(self.comm, self.sums).sum(axis=0)
         if dy.size:
-            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, gamma, means[0], means[1], into)
+            np.divide(sums, self.count, out=sums)
+            self.backend.normalize_dx(dy, self.x, self.mean, self.rstd, gamma, sums[0], sums[1], into)
 
 
 def scale_and_offset(shape: Shape, axes: tuple[str | tuple[str, ...] | None, ...]) -> dict[str, Weight]:

@@ -25,6 +25,8 @@ class MaxPool(Layer):
     padding.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     kernel: Number
     stride: Number | None = None
     padding: Padding = 0
@@ -78,6 +80,8 @@ class AvgPool(Layer):
     reach past the padding; what lies there never counts.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     kernel: Number
     stride: Number | None = None
     padding: Padding = 0
@@ -127,6 +131,9 @@ class AvgPoolOp:
 @dataclass(frozen=True)
 class GlobalAvgPool(Layer):
     """(N, [D,] H, W, C) to (N, C): the mean over all positions. Positions are summed dims: they may be cut."""
+
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
 
     def output_shape(self, *x: Shape) -> Shape:
         return (x[0][0], x[0][-1])

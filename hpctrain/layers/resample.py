@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -88,6 +88,9 @@ class Read:
 @dataclass(frozen=True)
 class Resample(Layer):
     """A rule for each position dim; channels and samples are independent. (N, [D,] H, W, C) to (N, [D',] H', W', C)."""
+
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
 
     def rules(self, x: Shape) -> tuple[Rule, ...]:
         """One per position dim."""

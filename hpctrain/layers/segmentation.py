@@ -65,7 +65,9 @@ class Dice(Loss):
         return wrong if self.ignore is None else wrong & (target != self.ignore)
 
     def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
-        return 3 * itemsize * prod(x[0])
+        positions = prod(x[0][:-1])
+        masks = 2 * prod(x[0]) + (8 * positions if len(x[1]) < len(x[0]) else 0)
+        return 3 * itemsize * prod(x[0]) + masks + (0 if self.ignore is None else positions)
 
     def bind(self, place: Place) -> DiceOp:
         return DiceOp(self, place)
@@ -84,6 +86,11 @@ class DiceOp:
         self.first = 0 if layer.background else 1
         block = extent(place.inputs[0])
         self.p, self.t, self.dp = (place.backend.empty(block, place.dtype) for _ in range(3))
+        self.true, self.guessed = (place.backend.empty(block, np.dtype(bool)) for _ in range(2))
+        if self.labels:
+            self.best = place.backend.empty(block[:-1], np.dtype(np.intp))
+        if layer.ignore is not None:
+            self.left_out = place.backend.empty((*block[:-1], 1), np.dtype(bool))
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x = x[0]
@@ -107,21 +114,26 @@ class DiceOp:
         if self.labels:
             self.backend.softmax(x, self.p)
             every = np.arange(self.classes)
-            true, guessed = target[..., None] == every, x.argmax(axis=-1)[..., None] == every
+            np.argmax(x, axis=-1, out=self.best)
+            np.equal(target[..., None], every, out=self.true)
+            np.equal(self.best[..., None], every, out=self.guessed)
             if self.layer.ignore is not None:
-                ignored = target == self.layer.ignore
-                self.p[ignored] = 0  # which leaves them without gradient, too
-                true[ignored] = guessed[ignored] = False
-            self.t[...] = true
+                np.equal(target[..., None], self.layer.ignore, out=self.left_out)
+                np.copyto(self.p, 0, where=self.left_out)  # which leaves them without gradient, too
+                np.copyto(self.true, False, where=self.left_out)
+                np.copyto(self.guessed, False, where=self.left_out)
+            np.copyto(self.t, self.true)
         else:
             self.backend.activate("sigmoid", x, self.p)
-            true, guessed = target > 0.5, x > 0
-            self.t[...] = target
+            np.greater(target, 0.5, out=self.true)
+            np.greater(x, 0, out=self.guessed)
+            np.copyto(self.t, target)
         p, t = _flat(self.p), _flat(self.t)
         both = np.einsum("npk,npk->nk", p, t, dtype=np.float64)
         either = p.sum(axis=1, dtype=np.float64) + t.sum(axis=1, dtype=np.float64)
-        counts = (_flat(found).sum(axis=1, dtype=np.float64) for found in (true & guessed, guessed, true))
-        return np.stack([both, either, *counts])
+        guessed, true = (_flat(found).sum(axis=1, dtype=np.float64) for found in (self.guessed, self.true))
+        self.true &= self.guessed
+        return np.stack([both, either, _flat(self.true).sum(axis=1, dtype=np.float64), guessed, true])
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         by_logits, by_target = dx

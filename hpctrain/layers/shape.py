@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from hpctrain.regions import Along
 @dataclass(frozen=True)
 class Flatten(Layer):
     """(N, [[D,] H,] W, C) to (N, D*H*W*C), in C order; the one output dim is cut along all that cut the input's."""
+
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
 
     def output_shape(self, *x: Shape) -> Shape:
         return (x[0][0], prod(x[0][1:]))
@@ -41,6 +45,8 @@ class Reshape(Layer):
     Dims that the new shape keeps keep their cuts; only those that it splits or joins are moved between ranks.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     shape: Shape
 
     def output_shape(self, *x: Shape) -> Shape:
@@ -126,6 +132,7 @@ class ReshapeOp:
 
     def __init__(self, place: Place, shape: Shape) -> None:
         x, self.extents = place.shapes[0], extent(place.output)
+        self.packed: Array | None = None
         self.joined: list[int] = []
         """Per group, how many numbers its box of the input holds."""
         self.starts: list[int] = []
@@ -141,20 +148,31 @@ class ReshapeOp:
             self.steps.append([prod(outer[d + 1 :]) for d in range(len(outer))])
 
     def _view(self, x: Array) -> Array:
-        """The output's box in `x`; shares memory with it where `x` is contiguous."""
+        """The output's box in `x`, which is contiguous: a view."""
         if 0 in self.extents:
             return x.reshape(-1)[:0].reshape(self.extents)
         flat = x.reshape(len(x), *self.joined)[(slice(None), *(slice(start, None) for start in self.starts))]
         strides = [s * step for s, steps in zip(flat.strides[1:], self.steps, strict=True) for step in steps]
         return np.lib.stride_tricks.as_strided(flat, self.extents, (flat.strides[0], *strides))
 
+    def _contiguous(self, x: Array) -> Array:
+        """`x`, or where that is not contiguous, a contiguous array of its shape, made once."""
+        if x.flags.c_contiguous:
+            return x
+        if self.packed is None:
+            self.packed = np.empty(x.shape, x.dtype)
+        return self.packed
+
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
-        np.copyto(y, self._view(x[0]))
+        source = self._contiguous(x[0])
+        if source is not x[0]:
+            np.copyto(source, x[0])
+        np.copyto(y, self._view(source))
 
     def backward(self, dy: Array, w: Mapping[str, Array], dx: Sequence[Array | None], dw: Mapping[str, Array]) -> None:
         if dx[0] is None:
             return
-        into = dx[0] if dx[0].flags.c_contiguous else np.empty(dx[0].shape, dx[0].dtype)
+        into = self._contiguous(dx[0])
         into.fill(0)  # the box may hold more than the numbers between the first and the last
         np.copyto(self._view(into), dy)
         if into is not dx[0]:
@@ -171,6 +189,8 @@ class Slice(Layer):
     `start` and `stop` are as in Python, None or negative too, but may not lie outside the tensor.
     """
 
+    keeps_inputs: ClassVar[bool] = False
+    keeps_output: ClassVar[bool] = False
     dim: int
     start: int | None
     stop: int | None

@@ -11,7 +11,16 @@ import numpy as np
 from hpctrain.backends.base import Array
 from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Phase, Place, Weight, each, spatial_axes
-from hpctrain.layers.conv import Grouped, channels_of, check_channels, covers, group_runs, kernel_weights, own_part
+from hpctrain.layers.conv import (
+    Grouped,
+    GroupRun,
+    channels_of,
+    check_channels,
+    covers,
+    group_runs,
+    kernel_weights,
+    own_part,
+)
 from hpctrain.layers.window import Number, Padding, paddings
 from hpctrain.partition import Interval, Shape, extent
 from hpctrain.regions import Along
@@ -105,6 +114,18 @@ class ConvTranspose(Grouped):
     def flops(self, *x: Shape) -> int:
         return 2 * prod(x[0]) * (self.filters // self.groups) * prod(s.kernel for s in self.spreads(x[0]))
 
+    def kept_bytes(self, itemsize: int, output: Shape, *x: Shape) -> int:
+        kernel = each(self.kernel, len(output) - 2, "kernel")
+        spaces = zip(
+            kernel,
+            each(self.stride, len(kernel), "stride"),
+            each(self.dilation, len(kernel), "dilation"),
+            x[0][1:-1],
+            strict=True,
+        )
+        reached = prod((n - 1) * s + d * (k - 1) + 1 if n else 0 for k, s, d, n in spaces)
+        return itemsize * output[-1] * (x[0][0] * reached + prod(kernel) * x[0][-1] // self.groups)
+
     def bind(self, place: Place) -> ConvTransposeOp:
         return ConvTransposeOp(self, place)
 
@@ -136,12 +157,26 @@ class ConvTransposeOp:
             outside.append(slice(start - out.start, max(start, stop) - out.start))
         self.inside, self.outside = (slice(None), *inside), (slice(None), *outside)
 
+        filters = [run.filters.stop - run.filters.start for run in self.runs]
+        self.room = place.backend.empty((prod(self.reached) * max(filters, default=0) if self.any else 0,), self.dtype)
+        """What the inputs reach, of one run's filters at a time."""
+        *kernel, channels, _ = extent(place.weights["weight"])
+        self.kernels = [
+            place.backend.empty((*kernel, n // run.groups, run.groups * channels), self.dtype)
+            for n, run in zip(filters, self.runs, strict=True)
+        ]
+        """Per run its weight, and then its gradient, as a convolution has them."""
+
+    def _full(self, run: GroupRun) -> Array:
+        shape = (*self.reached, run.filters.stop - run.filters.start)
+        return self.room[: prod(shape)].reshape(shape)
+
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x = x[0]
         y.fill(0)
-        for run in self.runs if self.any else ():
-            full = self.backend.empty((*self.reached, run.filters.stop - run.filters.start), self.dtype)
-            kernel = adjoint(w["weight"][..., run.filters], run.groups)
+        for run, kernel in zip(self.runs, self.kernels, strict=True) if self.any else ():
+            full = self._full(run)
+            adjoint(w["weight"][..., run.filters], run.groups, kernel)
             self.backend.conv_dx(self.x[..., run.channels], kernel, full, self.stride, self.dilation, run.groups)
             y[..., run.filters][self.outside] = full[self.inside]
         if self.own_bias is not None:
@@ -155,22 +190,21 @@ class ConvTransposeOp:
         if not self.any:
             dw["weight"].fill(0)
             return
-        for run in self.runs:
-            full = self.backend.empty((*self.reached, run.filters.stop - run.filters.start), self.dtype)
+        for run, kernel in zip(self.runs, self.kernels, strict=True):
+            full = self._full(run)
             full.fill(0)
             full[self.inside] = dy[..., run.filters][self.outside]
-            kernel = adjoint(w["weight"][..., run.filters], run.groups)
-            gradient = np.empty_like(kernel)
-            self.backend.conv_dw(full, self.x[..., run.channels], gradient, self.stride, self.dilation, run.groups)
-            dw["weight"][..., run.filters] = adjoint(gradient, run.groups)
             if dx[0] is not None:
                 into = dx[0][..., run.channels]
+                adjoint(w["weight"][..., run.filters], run.groups, kernel)
                 self.backend.conv(full, kernel, into, self.stride, self.dilation, run.groups)
+            self.backend.conv_dw(full, self.x[..., run.channels], kernel, self.stride, self.dilation, run.groups)
+            adjoint(kernel, run.groups, dw["weight"][..., run.filters])
 
 
-def adjoint(w: Array, groups: int) -> Array:
-    """The weight (*kernel, a, groups * b) of one direction as that of the other, (*kernel, b, groups * a): a copy."""
+def adjoint(w: Array, groups: int, out: Array) -> None:
+    """The weight (*kernel, a, groups * b) of one direction as that of the other, (*kernel, b, groups * a)."""
     *kernel, a, filters = w.shape
     b = filters // groups
     turned = np.moveaxis(w.reshape(*kernel, a, groups, b), (-1, -2, -3), (-3, -2, -1))
-    return np.ascontiguousarray(turned).reshape(*kernel, b, groups * a)
+    np.copyto(out.reshape(*kernel, b, groups, a), turned)

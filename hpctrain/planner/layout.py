@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
 
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input, Loss
 from hpctrain.partition import Partition
 from hpctrain.planner.plan import Plan
+from hpctrain.precision import exact
 from hpctrain.regions import Distribution, Region, Wanted, received, sent, touched, wanted
 
 
@@ -71,6 +75,27 @@ def useful(graph: Graph) -> set[str]:
     return found
 
 
+class Kind(Enum):
+    """What a tensor holds: numbers of the run's type, labels, or what stays exact where that is bf16."""
+
+    NUMBERS = "numbers"
+    LABELS = "labels"
+    EXACT = "exact"
+
+    def dtype(self, run: np.dtype) -> np.dtype:
+        """Its type in a run of type `run`."""
+        return {Kind.NUMBERS: run, Kind.LABELS: np.dtype(np.int64), Kind.EXACT: exact(run)}[self]
+
+
+def kind(graph: Graph, name: str) -> Kind:
+    """What the output of layer or input `name` holds: rows of losses and the targets that only they read are exact."""
+    layer, users = graph[name].layer, graph.consumers(name)
+    if isinstance(layer, Input) and layer.integer:
+        return Kind.LABELS
+    target = isinstance(layer, Input) and users and all(isinstance(n.layer, Loss) and slot > 0 for n, slot in users)
+    return Kind.EXACT if isinstance(layer, Loss) or target else Kind.NUMBERS
+
+
 @dataclass(frozen=True)
 class Edge:
     """A transfer between owners and users of one tensor: input `slot` of `consumer`, or its partial sums (slot None).
@@ -82,7 +107,7 @@ class Edge:
     slot: int | None
     have: Region
     want: Region
-    integer: bool
+    kind: Kind
     gradient: bool
 
 
@@ -92,17 +117,16 @@ def edges(graph: Graph, plan: Plan, places: Mapping[str, Layout] | None = None) 
     varied, needed, found = differentiable(graph), useful(graph), []
     for name, place in places.items():
         for slot, (source, want) in enumerate(zip(place.node.inputs, place.inputs, strict=True)):
-            layer = graph[source].layer
-            integer = isinstance(layer, Input) and layer.integer
-            found.append(Edge(name, slot, places[source].output, want, integer, source in varied and name in needed))
+            gradient = source in varied and name in needed
+            found.append(Edge(name, slot, places[source].output, want, kind(graph, source), gradient))
         if place.partial is not None:
-            found.append(Edge(name, None, place.output, place.partial, False, name in varied))
+            found.append(Edge(name, None, place.output, place.partial, kind(graph, name), name in varied))
     return found
 
 
-def sent_bytes(edge: Edge, rank: int, itemsize: int) -> tuple[int, int]:
+def sent_bytes(edge: Edge, rank: int, dtype: np.dtype) -> tuple[int, int]:
     """Bytes that `rank` sends to others along `edge` in the forward and in the backward pass of one step."""
-    itemsize = 8 if edge.integer else itemsize
+    itemsize = edge.kind.dtype(dtype).itemsize
     out = sent(edge.have, edge.want, rank) * itemsize
     back = received(edge.have, edge.want, rank) * itemsize if edge.gradient or edge.slot is None else 0
     # partial sums run backwards in the forward pass

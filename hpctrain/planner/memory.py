@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 
 import numpy as np
@@ -27,16 +27,22 @@ from hpctrain.layers import (
     Input,
     InstanceNorm,
     LayerNorm,
+    Loss,
     Softmax,
     SoftmaxCrossEntropy,
 )
 from hpctrain.layers.activation import Activation
+from hpctrain.layers.dropout import SLAB
 from hpctrain.layers.loss import Elementwise
 from hpctrain.layers.resample import Resample
 from hpctrain.memory import mib
-from hpctrain.partition import Box, Shape, contains, extent, volume
+from hpctrain.partition import Box, Shape, extent, volume
+from hpctrain.planner.arena import Buffers, EdgeViews, arena_bytes
+from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.schedule import KEEP, Economy, schedule, segments_to_try
+from hpctrain.precision import TYPES, exact
 from hpctrain.regions import Share, owners
 
 FLOAT64 = 8
@@ -48,7 +54,7 @@ class Memory:
     """Bytes of one rank. All but `workspace` are exact; Python, MPI and the batch being read come on top."""
 
     parameters: int
-    """Weights and their gradients."""
+    """Weights and their gradients, and copies of the weights in bf16."""
     optimizer: int
     """What the optimizer keeps per weight."""
     statistics: int
@@ -87,24 +93,45 @@ def predict(
     precision: str = "float32",
     optimizer_arrays: int = 1,
     backend: str = "native",
+    economy: Economy = KEEP,
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
     """
-    places, itemsize = layouts(graph, plan), np.dtype(precision).itemsize
-    moved = edges(graph, plan, places)
-    return {
-        rank: _of_rank(graph, places, moved, rank, itemsize, optimizer_arrays, backend)
-        for rank in (range(plan.ranks) if ranks is None else ranks)
-    }
+    places, dtype = layouts(graph, plan), TYPES[precision]
+    moved, order = edges(graph, plan, places), schedule(graph, places, economy)
+    found = {}
+    for rank in range(plan.ranks) if ranks is None else ranks:
+        arrays = buffers(graph, places, moved, order, economy, rank)
+        found[rank] = _of_rank(places, moved, rank, dtype, arrays, optimizer_arrays, backend)
+    return found
 
 
 def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
     """`predict` for a run as `config` describes it."""
     train, none = config.train, np.zeros(0)
     optimizer = optim.TABLE[config.optim.name](none, none, [], Reference(), config.optim)
-    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend)
+    saving = economy(config, graph, plan)
+    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend, saving)
+
+
+def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
+    """How a run as `config` describes it saves memory and time.
+
+    Where it recomputes, in the number of segments that leaves rank 0 the smallest arena, as it has the longest blocks.
+    """
+    lean = Economy(fuse=True, reuse=True)
+    if not config.memory.recompute:
+        return lean
+    places, dtype = layouts(graph, plan), TYPES[config.train.precision]
+    moved = edges(graph, plan, places)
+
+    def size(segments: int) -> int:
+        tried = replace(lean, recompute=segments)
+        return arena_bytes(buffers(graph, places, moved, schedule(graph, places, tried), tried, 0), dtype)
+
+    return replace(lean, recompute=min((0, *segments_to_try(graph)), key=size))
 
 
 def largest(found: dict[int, Memory]) -> tuple[int, Memory]:
@@ -114,51 +141,54 @@ def largest(found: dict[int, Memory]) -> tuple[int, Memory]:
 
 
 def _of_rank(
-    graph: Graph,
     places: dict[str, Layout],
     moved: Sequence[Edge],
     rank: int,
-    itemsize: int,
+    dtype: np.dtype,
+    arrays: Buffers,
     optimizer_arrays: int,
     backend: str,
 ) -> Memory:
-    weights = sum(volume(d.box(rank)) for place in places.values() for d in place.weights.values()) * itemsize
-    running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * itemsize
-    tensors = messages = 0
-    for edge in moved:
-        arrays, buffers = _edge(edge, rank)
-        size = 8 if edge.integer else itemsize
-        tensors, messages = tensors + arrays * size, messages + buffers * size
+    itemsize, full = dtype.itemsize, exact(dtype).itemsize
+    blocks = [volume(d.box(rank)) for place in places.values() for d in place.weights.values()]
+    running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * full
+    between = [(edge, views) for edge in moved if (views := arrays.edges.get((edge.consumer, edge.slot)))]
+    messages = sum(_message_elements(edge, rank, arrays, v) * edge.kind.dtype(dtype).itemsize for edge, v in between)
     kept = workspace = 0
-    for name, place in places.items():
+    for place in places.values():
+        size = full if isinstance(place.node.layer, Loss) else itemsize
         produced = extent((place.output if place.partial is None else place.partial).box(rank))
-        kept += place.node.layer.kept_bytes(itemsize, produced, *(extent(want.box(rank)) for want in place.inputs))
-        if not graph.consumers(name):
-            tensors += volume(place.output.box(rank)) * itemsize
+        kept += place.node.layer.kept_bytes(size, produced, *(extent(want.box(rank)) for want in place.inputs))
         if not isinstance(place.node.layer, Input):
-            workspace = max(workspace, _workspace(place, rank, itemsize, backend))
-    return Memory(2 * weights, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
+            workspace = max(workspace, _workspace(place, rank, size, backend))
+    weights = sum(blocks) * full
+    copies = sum(blocks) * itemsize if itemsize < full else 0
+    tensors = arena_bytes(arrays, dtype)
+    return Memory(2 * weights + copies, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
 
 
-def _edge(edge: Edge, rank: int) -> tuple[int, int]:
-    """Elements of the arrays and of the message buffers that `comm.exchange.Exchange` makes for an edge."""
-    mine, wish = edge.have.box(rank), edge.want.box(rank)
-    inplace = volume(mine) > 0 and contains(wish, mine)
-    ways = 2 if edge.gradient or edge.slot is None else 1
-    arrays = ways * (volume(wish) + (0 if inplace else volume(mine)))
-    owned = extent(wish if inplace else mine)  # the array that the owner's block lies in
+def _message_elements(edge: Edge, rank: int, found: Buffers, views: EdgeViews) -> int:
+    """Elements of the message buffers that `comm.exchange.Exchange` makes for an edge."""
+    mine = edge.have.box(rank)
     outgoing = [edge.want.shares(r, mine) for r in edge.want.meeting(mine) if r != rank]
     incoming = [edge.want.shares(rank, edge.have.box(r)) for r in owners(edge.have, edge.want, rank) if r != rank]
-    buffers = ways * sum(_packed(shares, extent(wish), (False,) * len(wish)) for shares in incoming)
-    buffers += sum(_packed(shares, owned) for shares in outgoing)
-    if ways == 2:  # gradients that arrive are added, so that they never go straight into the array
-        buffers += sum(volume(share.source) for shares in outgoing for share in shares)
-    return arrays, buffers
+    owned, wish = found.found[views.src.buffer].shape, found.found[views.dst.buffer].shape
+    elements = sum(_packed(shares, owned) for shares in outgoing)
+    elements += sum(_packed(shares, wish, wanted=True) for shares in incoming)
+    if views.gradient is not None:  # what arrives is added, so that it never goes straight into the array
+        elements += sum(_packed(shares, found.found[views.gradient.buffer].shape, wanted=True) for shares in incoming)
+        elements += sum(volume(share.source) for shares in outgoing for share in shares)
+    return elements
 
 
-def _packed(shares: Sequence[Share], array: Shape, flipped: tuple[bool, ...] | None = None) -> int:
-    """Elements of the buffer between `shares` of an array of these extents and the wire; 0 where it needs none."""
-    if len(shares) == 1 and _contiguous(shares[0].source, array, flipped or shares[0].flipped):
+def _packed(shares: Sequence[Share], array: Shape, wanted: bool = False) -> int:
+    """Elements of the buffer between `shares` of an array of these extents and the wire; 0 where it needs none.
+
+    In the array that has what was `wanted`, nothing is reversed.
+    """
+    if len(shares) == 1 and _contiguous(
+        shares[0].source, array, (False,) * len(array) if wanted else shares[0].flipped
+    ):
         return 0
     return sum(volume(share.source) for share in shares)
 
@@ -178,7 +208,7 @@ def _contiguous(box: Box, array: Shape, flipped: tuple[bool, ...]) -> bool:
 def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
     """Bytes of the temporaries of one layer, as measured: the arrays of NumPy formulas, those in float64 included.
 
-    Compiled kernels have none, but `native` inherits every operation that is not in its list COMPILED.
+    Compiled kernels have none, but for convolution in float64, which `native` leaves to NumPy.
     """
     layer, x, work = place.node.layer, place.inputs[0].box(rank), place.work.box(rank)
     output = volume(place.output.box(rank))
@@ -186,30 +216,29 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
     compiled, largest = backend == "native", max(output, *inputs)
     match layer:
         case Conv() | ConvTranspose() if compiled and itemsize == 4:  # packed, or by Winograd 36 numbers for 9 taps
-            spread = output * itemsize if isinstance(layer, ConvTranspose) else 0
-            return ENGINE_BYTES + 4 * itemsize * volume(place.weights["weight"].box(rank)) + spread
+            return ENGINE_BYTES + 4 * itemsize * volume(place.weights["weight"].box(rank))
         case Conv() | ConvTranspose():  # unfolded
             taps = prod(layer.weights(*place.node.input_shapes)["weight"].shape[:-2])
             positions, channels = (work[:-2], x[-1:]) if isinstance(layer, Conv) else (x[:-1], work[-2:-1])
             return min(COLUMN_BYTES, taps * volume(positions) * volume(channels) * itemsize) + output * itemsize
-        case BatchNorm() if compiled:  # the only norm whose statistics are one number per channel
+        case Dropout():  # random numbers
+            return 2 * FLOAT64 * min(output, SLAB)
+        case Dice():  # sums in double, of numbers cast by and by
+            return CAST_BYTES * (2 if itemsize == FLOAT64 else 3) if compiled else 2 * itemsize * inputs[0]
+        case _ if compiled:
             return 0
         case LayerNorm():
-            return (3 * FLOAT64 + 2 * itemsize) * output
+            return (3 * FLOAT64 + itemsize) * output
         case BatchNorm() | GroupNorm() | InstanceNorm():
             return 3 * FLOAT64 * output
         case SoftmaxCrossEntropy():  # shifted logits, and seven numbers per position
             return itemsize * inputs[0] + 7 * FLOAT64 * volume(x[:-1])
-        case Dice() | Elementwise():
+        case Elementwise():
             return _LOSS_ARRAYS.get(type(layer), 2) * itemsize * inputs[0]
         case Softmax() | Resample():
             return 2 * itemsize * largest
-        case Dropout():  # random numbers
-            return 2 * FLOAT64 * output
         case AvgPool():
             return itemsize * output
-        case _ if compiled:
-            return 0
         case GELU():  # the error function goes through Python's floats
             return (8 * FLOAT64 + 2 * itemsize) * output
         case Activation():
@@ -220,6 +249,9 @@ def _workspace(place: Layout, rank: int, itemsize: int, backend: str) -> int:
 
 ENGINE_BYTES = 2 * 2**20
 """What the compiled convolution works in: blocks that stay in a core's cache."""
+
+CAST_BYTES = FLOAT64 * 2**13
+"""What NumPy casts the numbers of an array in."""
 
 _LOSS_ARRAYS = {BCEWithLogits: 3, Huber: 4}
 """Arrays as large as the predictions that a loss of elements takes, where they are not 2."""

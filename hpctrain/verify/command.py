@@ -16,6 +16,7 @@ from hpctrain.graph import Graph
 from hpctrain.partition import Partition
 from hpctrain.planner import memory as need
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.schedule import Economy
 from hpctrain.verify import table
 from hpctrain.verify.compare import Finding, Item, after_update, before_update, compare
 from hpctrain.verify.run import Run, Settings
@@ -56,7 +57,7 @@ def run(world: World, config: Config, options: Options) -> int:
         plan = prepare.make_plan(config, graph)
         plan.check(graph)
         train = config.train
-        settings = Settings(backends.get(train.backend), train.precision, train.seed, config.optim)
+        settings = Settings(backends.get(train.backend, train.exact), train.precision, train.seed, config.optim)
         settings.backend.use_threads(world.threads)
         chosen = list(samples(graph, plan, options.budget, train.precision)) if options.sample_layers else []
     console.note(table.heading(config, graph, plan, world.size, options.steps, chosen))
@@ -97,7 +98,7 @@ def check(
     whole = None
     if comm.rank == 0:
         whole = Run(graph, Plan({node.name: Partition() for node in graph}), alone, settings)
-    planned = Run(graph, plan, comm, settings)
+    planned = Run(graph, plan, comm, settings, Economy(fuse=True))
     findings: list[Finding] = []
     for step in range(steps):
         for each in filter(None, (whole, planned)):

@@ -68,16 +68,17 @@ def before_update(planned: Run, whole: Run | None) -> Iterator[Item]:
     for node in mine.graph:
         if isinstance(node.layer, Input):
             continue
-        region = mine.layouts[node.name].output
-        theirs = None if one is None else one.output(node.name)
-        yield Item(node.name, OUTPUT, "output", region, mine.output(node.name), theirs)
+        if mine.makes(node.name):
+            region = mine.layouts[node.name].output
+            theirs = None if one is None else one.output(node.name)
+            yield Item(node.name, OUTPUT, "output", region, mine.output(node.name), theirs)
         for i, tensor in enumerate(mine.state):
             if tensor.name.rpartition(".")[0] == node.name:
                 yield _statistic(node.name, tensor, one, i)
     for node in reversed(list(mine.graph)):
         for slot, source in enumerate(node.inputs):
-            way = mine.exchanges[node.name, slot].bwd
-            if way is not None:
+            exchange = mine.exchanges.get((node.name, slot))  # none within a unit of fused layers
+            if exchange is not None and (way := exchange.bwd) is not None:
                 theirs = None if one is None else _gradient_sent(one, node.name, slot)
                 region = mine.layouts[source].output
                 yield Item(node.name, INPUT_GRADIENT, f"gradient of its input {source}", region, way.dst, theirs)

@@ -18,6 +18,7 @@ from hpctrain.layers.dropout import slabs
 from hpctrain.layers.loss import LOSS, WEIGHT
 from hpctrain.partition import Box, within
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.schedule import KEEP, Economy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,9 +37,11 @@ class Settings:
 class Run:
     """Training steps one by one. Collective over `comm`; weights and batches are functions of the global index."""
 
-    def __init__(self, graph: Graph, plan: Plan, comm: MPI.Intracomm, settings: Settings) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, comm: MPI.Intracomm, settings: Settings, economy: Economy = KEEP
+    ) -> None:
         self.settings = settings
-        self.executor = Executor(graph, plan, comm, settings.backend, settings.precision, settings.seed)
+        self.executor = Executor(graph, plan, comm, settings.backend, settings.precision, settings.seed, economy)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[settings.optim.name](
             flat.weights, flat.gradients, flat.shards(), settings.backend, settings.optim, self.executor.comm

@@ -40,11 +40,12 @@ def traffic(executor: Executor, steps: int) -> list[Traffic]:
     graph, rank, found = executor.graph, executor.rank, []
     moved = edges(graph, executor.plan, executor.layouts)
     for edge in moved:
-        exchange = executor.exchanges[edge.consumer, edge.slot]
-        fwd, bwd = exchange.fwd.bytes_sent, 0 if exchange.bwd is None else exchange.bwd.bytes_sent
+        exchange = executor.exchanges.get((edge.consumer, edge.slot))  # none within a unit of fused layers
+        fwd = 0 if exchange is None else exchange.fwd.bytes_sent
+        bwd = 0 if exchange is None or exchange.bwd is None else exchange.bwd.bytes_sent
         # partial sums run backwards in the forward pass
         counted = (fwd, bwd) if edge.slot is not None else (bwd, fwd)
-        forward, backward = sent_bytes(edge, rank, executor.dtype.itemsize)
+        forward, backward = sent_bytes(edge, rank, executor.dtype)
         found.append((*counted, forward * steps, backward * steps))
     every = executor.comm.gather(found)
     if every is None:

@@ -1,4 +1,4 @@
-// Activations and their derivatives. Computed in double for float arrays too.
+// Activations and their derivatives. Computed in double for float and bf16 arrays too.
 #include "functions.h"
 #include "kernels.h"
 #include "runs.h"
@@ -74,13 +74,13 @@ struct Softplus {
 template <class F, class T>
 HPCTRAIN_CLONES void value_run(F f, Index n, const T* x, T* out) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) out[i] = T(f.value(x[i]));
+    for (Index i = 0; i < n; ++i) out[i] = store<T>(Real<T>(f.value(double(load(x[i])))));
 }
 
 template <class F, class T>
 HPCTRAIN_CLONES void slope_run(F f, Index n, const T* dy, const T* x, T* out) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) out[i] = T(dy[i] * f.slope(x[i]));
+    for (Index i = 0; i < n; ++i) out[i] = store<T>(Real<T>(double(load(dy[i])) * f.slope(double(load(x[i])))));
 }
 
 // work(f) for the function of that kind.
@@ -122,5 +122,6 @@ void activate_dx(Activation kind, const Layout<3>& layout, const T* dy, const T*
     template void activate_dx<T>(Activation, const Layout<3>&, const T*, const T*, T*, double);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

@@ -10,8 +10,16 @@
 #include <vector>
 
 #include "layout.h"
+#include "storage.h"
 
 namespace nb = nanobind;
+
+// NumPy has no bf16: such arrays come as uint16.
+template <>
+struct nanobind::detail::dtype_traits<hpctrain::bf16> {
+    static constexpr dlpack::dtype value{uint8_t(dlpack::dtype_code::UInt), 16, 1};
+    static constexpr auto name = const_name("uint16");
+};
 
 namespace hpctrain {
 
@@ -31,6 +39,11 @@ std::string shape_of(const A& a) {
 
 [[noreturn]] inline void refuse(const char* name, const std::string& what) {
     throw std::invalid_argument(std::string("hpctrain._native.") + name + ": " + what);
+}
+
+// Of a fused activation: its derivative is told by the sign of its output.
+inline void require_slope(const char* name, double slope) {
+    if (!(slope >= 0)) refuse(name, "slope " + std::to_string(slope) + "; a fused activation's is 0 or more");
 }
 
 inline void require_dims(const char* name, size_t ndim, size_t least) {

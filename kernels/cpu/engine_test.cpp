@@ -158,7 +158,7 @@ void test(const Case& t, std::mt19937& random) {
     const Engine& e = engine();
     Floats packed(e.packed_size(c), random), packed_dx(e.packed_dx_size(c), random);
     e.pack(c, w.at(0), packed.at(0));
-    e.conv(c, x.at(0), packed.at(0), bias.at(0), true, y.at(0));
+    e.conv(c, x.at(0), packed.at(0), {bias.at(0), true}, y.at(0));
     of_y.compare("conv", y, before_y);
     e.pack_dx(c, w.at(0), packed_dx.at(0));
     e.conv_dx(c, dy.at(0), packed_dx.at(0), dx.at(0));
@@ -179,7 +179,7 @@ void test_gemm(Index m, Index n, Index k, bool turn_a, bool turn_b, std::mt19937
         sums.add(at, *bias.at(i[1]), 1), sums.add(at, *before.at(at), 1);
         *c.at(at) = *before.at(at);
     });
-    engine().gemm(m, n, k, left, right, bias.at(0), true, c.at(0), n);
+    engine().gemm(m, n, k, left, right, {bias.at(0), true}, c.at(0), n);
     sums.compare("gemm", c, before);
 }
 

@@ -69,6 +69,26 @@ HPCTRAIN_INLINE double log1p_unit(double x) {
     return 2 * s * polynomial(1, ARTANH, s * s);
 }
 
+// log(x) for 1 <= x < infinity, NaN of what is not finite: of the exponent, and of a mantissa between sqrt(1/2) and
+// sqrt(2).
+HPCTRAIN_INLINE double log_positive(double x) {
+    constexpr double ARTANH[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11, 1.0 / 13,
+                                 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21, 1.0 / 23, 1.0 / 25};
+    constexpr double LN2_HIGH = 0x1.62e42feep-1, LN2_LOW = 0x1.a39ef35793c76p-33;
+    std::uint64_t bits, one;
+    std::memcpy(&bits, &x, sizeof bits);
+    const std::uint64_t exponent = (bits >> 52) | 0x4330000000000000;  // the number 2^52 + exponent
+    one = (bits & 0x000fffffffffffff) | 0x3ff0000000000000;
+    double m, k;
+    std::memcpy(&m, &one, sizeof m);
+    std::memcpy(&k, &exponent, sizeof k);
+    const bool large = m > 1.4142135623730951;
+    m = large ? m / 2 : m;
+    k = k - (0x1p52 + 1023) + (large ? 1 : 0);
+    const double s = (m - 1) / (m + 1);
+    return (k * LN2_HIGH + (k * LN2_LOW + 2 * s * polynomial(1, ARTANH, s * s))) + (x - x);
+}
+
 // exp(x^2) erfc(x) for 0 <= x < infinity: a polynomial in (x - 3) / (x + 3), divided by 1 + 2x, after Shepherd &
 // Laframboise 1981. Coefficients: Chebyshev interpolation in 50 digits, written out in powers.
 HPCTRAIN_INLINE double scaled_erfc(double x) {

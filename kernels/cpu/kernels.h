@@ -1,15 +1,17 @@
-// The CPU kernels, for float and double. Same meaning, argument order and names as hpctrain/backends/base.py.
+// The CPU kernels, for float, double and, but for the optimizer's, bf16. Same meaning, argument order and names as
+// hpctrain/backends/base.py.
 //
 // Layouts hold the strides of the array arguments in the order in which these stand. Where an operation works per
 // channel, the layout is that of the positions (all dims but the last), whose rows of `channels` elements are
 // contiguous. Statistics (mean, rstd and the sums that belong to them) are double for float arrays too: they are merged
 // over ranks. Every result is a fixed sequence of IEEE operations that depends on shape and dtype alone: not on
-// strides, instruction set or time of day.
+// strides, instruction set, number of threads or time of day.
 #pragma once
 
 #include <cstdint>
 
 #include "layout.h"
+#include "storage.h"
 
 // Hot loops are compiled for several instruction sets; the loader picks one. They give the same bits, as nothing is
 // contracted.
@@ -32,17 +34,24 @@ template <class T>
 void relu(const Layout<2>& layout, const T* x, T* out);
 template <class T>
 void relu_dx(const Layout<3>& layout, const T* dy, const T* y, T* out);
+// dy *= y > 0 ? 1 : slope, where a slope of 0 gives 0 whatever dy is.
 template <class T>
-void bias_add(const Layout<1>& rows, Index channels, T* y, const T* b);
+void activation_grad(const Layout<2>& layout, T* dy, const T* y, double slope);
+
+// --- normalize.cpp ---
+
 template <class T>
-void normalize(const Layout<2>& rows, Index channels, const T* x, const double* mean, const double* rstd,
-               const T* gamma, const T* beta, T* out);
+void bias_add(const Layout<1>& rows, Index channels, T* y, const Real<T>* b);
+// `add` may be null.
+template <class T>
+void normalize(const Layout<3>& rows, Index channels, const T* x, const T* add, const double* mean, const double* rstd,
+               const Real<T>* gamma, const Real<T>* beta, double slope, T* out);
 template <class T>
 void normalize_dx(const Layout<3>& rows, Index channels, const T* dy, const T* x, const double* mean,
-                  const double* rstd, const T* gamma, const double* mean_g, const double* mean_g_xhat, T* out);
+                  const double* rstd, const Real<T>* gamma, const double* mean_g, const double* mean_g_xhat, T* out);
 // One sample: out[..., c] = scale * dy[c].
 template <class T>
-void spread_positions(const Layout<1>& rows, Index channels, const T* dy, T* out, T scale);
+void spread_positions(const Layout<1>& rows, Index channels, const T* dy, T* out, Real<T> scale);
 
 // --- activation.cpp ---
 
@@ -67,16 +76,18 @@ void max_pool_dx(const Layout<3>& outputs, Index channels, const Index* taps, st
 
 // --- reduction.cpp ---
 
+// `y` may be null; where it is not, dy is first masked as by `activation_grad`, in the same pass.
 template <class T>
-void bias_grad(const Layout<1>& rows, Index channels, const T* dy, T* out);
+void bias_grad(const Layout<2>& rows, Index channels, T* dy, const T* y, double slope, Real<T>* out);
 // One sample: out[c] = scale * sum of x[..., c].
 template <class T>
 void sum_positions(const Layout<1>& rows, Index channels, const T* x, T* out, double scale);
 template <class T>
 void moments(const Layout<1>& rows, Index channels, const T* x, double* mean, double* m2);
+// `y` as in bias_grad.
 template <class T>
-void normalize_grad(const Layout<2>& rows, Index channels, const T* dy, const T* x, const double* mean,
-                    const double* rstd, double* sum_dy, double* sum_dy_xhat);
+void normalize_grad(const Layout<3>& rows, Index channels, T* dy, const T* x, const T* y, double slope,
+                    const double* mean, const double* rstd, double* sum_dy, double* sum_dy_xhat);
 
 // --- optimizer.cpp ---
 

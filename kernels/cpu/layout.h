@@ -56,11 +56,20 @@ private:
     }
 };
 
-// Visits all positions of a layout in C order, one piece of the innermost dim at a time.
+// Visits positions of a layout in C order, one piece of the innermost dim at a time.
 template <int N>
 class Cursor {
 public:
     explicit Cursor(const Layout<N>& layout) : layout_(layout), left_(layout.size()) {}
+
+    // Positions [begin, end) only.
+    Cursor(const Layout<N>& layout, Index begin, Index end) : layout_(layout), left_(end - begin) {
+        if (left_ <= 0) return;
+        for (int d = layout.dims - 1; d >= 0; --d) {
+            advance(d, begin % layout.extent[d]);
+            begin /= layout.extent[d];
+        }
+    }
 
     // Positions not yet visited.
     Index left() const { return left_; }
@@ -68,8 +77,14 @@ public:
     // Where the next piece begins, in each array.
     const std::array<Index, N>& offset() const { return offset_; }
 
+    // From one position of a piece to the next, in each array.
+    const std::array<Index, N>& step() const { return layout_.stride[layout_.dims - 1]; }
+
     // Length of the next piece: what is left of this run.
-    Index run() const { return layout_.extent[layout_.dims - 1] - at_[layout_.dims - 1]; }
+    Index run() const {
+        const Index rest = layout_.extent[layout_.dims - 1] - at_[layout_.dims - 1];
+        return left_ < rest ? left_ : rest;
+    }
 
     // Go on by `positions`, at most run().
     void skip(Index positions) {

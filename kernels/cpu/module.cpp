@@ -42,8 +42,6 @@ void define(nb::module_& m) {
     using IndexIn = const In<std::int32_t>&;
     using IndexOut = const Out<std::int32_t>&;
     using Numbers = std::vector<Index>;
-    using StatisticIn = const In<double>&;
-    using StatisticOut = const Out<double>&;
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
 
     def(
@@ -61,6 +59,14 @@ void define(nb::module_& m) {
         m, "relu_dx",
         [](I dy, I y, O out) { relu_dx<T>(elements("relu_dx", dy, y, out), dy.data(), y.data(), out.data()); },
         arg("dy"), arg("y"), arg("out"));
+
+    def(
+        m, "activation_grad",
+        [](O dy, I y, double slope) {
+            require_slope("activation_grad", slope);
+            activation_grad<T>(elements("activation_grad", dy, y), dy.data(), y.data(), slope);
+        },
+        arg("dy"), arg("y"), arg("slope"));
 
     def(
         m, "activate",
@@ -91,27 +97,11 @@ void define(nb::module_& m) {
         m, "max_pool_dx",
         [](I dy, IndexIn index, O out, const Numbers& kernel, const Numbers& stride, const Numbers& dilation) {
             const Windows w = windows("max_pool_dx", out, dy, index, kernel, stride, dilation);
-            by_runs(elements("max_pool_dx", out), [&](Index n, auto& at) { std::fill_n(out.data() + at[0], n, T(0)); });
+            by_runs(elements("max_pool_dx", out), [&](Index n, auto& at) { std::fill_n(out.data() + at[0], n, T{}); });
             max_pool_dx<T>(w.outputs, Index(out.shape(out.ndim() - 1)), w.taps.data(), std::int32_t(w.taps.size()),
                            dy.data(), index.data(), out.data());
         },
         arg("dy"), arg("index"), arg("out"), arg("kernel"), arg("stride"), arg("dilation"));
-
-    def(
-        m, "bias_add",
-        [](O y, I b) {
-            const auto rows = positions("bias_add", 0, y);
-            bias_add<T>(rows, channels("bias_add", y, b), y.data(), b.data());
-        },
-        arg("y"), arg("b"));
-
-    def(
-        m, "bias_grad",
-        [](I dy, O out) {
-            const auto rows = positions("bias_grad", 0, dy);
-            bias_grad<T>(rows, channels("bias_grad", dy, out), dy.data(), out.data());
-        },
-        arg("dy"), arg("out"));
 
     def(
         m, "sum_positions",
@@ -132,46 +122,19 @@ void define(nb::module_& m) {
             const auto rows = positions("spread_positions", 1, out);
             for (Index n = 0; n < Index(out.shape(0)); ++n) {
                 spread_positions<T>(rows, Index(dy.shape(1)), dy.data() + n * dy.stride(0),
-                                    out.data() + n * out.stride(0), T(scale));
+                                    out.data() + n * out.stride(0), Real<T>(scale));
             }
         },
         arg("dy"), arg("out"), arg("scale"));
 
-    def(
-        m, "moments",
-        [](I x, StatisticOut mean, StatisticOut m2) {
-            const auto rows = positions("moments", 0, x);
-            moments<T>(rows, channels("moments", x, mean, m2), x.data(), mean.data(), m2.data());
-        },
-        arg("x"), arg("mean"), arg("m2"));
+}
 
-    def(
-        m, "normalize",
-        [](I x, StatisticIn mean, StatisticIn rstd, I gamma, I beta, O out) {
-            const auto rows = positions("normalize", 0, x, out);
-            normalize<T>(rows, channels("normalize", x, mean, rstd, gamma, beta), x.data(), mean.data(), rstd.data(),
-                         gamma.data(), beta.data(), out.data());
-        },
-        arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("beta"), arg("out"));
-
-    def(
-        m, "normalize_grad",
-        [](I dy, I x, StatisticIn mean, StatisticIn rstd, StatisticOut sum_dy, StatisticOut sum_dy_xhat) {
-            const auto rows = positions("normalize_grad", 0, dy, x);
-            normalize_grad<T>(rows, channels("normalize_grad", x, mean, rstd, sum_dy, sum_dy_xhat), dy.data(), x.data(),
-                              mean.data(), rstd.data(), sum_dy.data(), sum_dy_xhat.data());
-        },
-        arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("sum_dy"), arg("sum_dy_xhat"));
-
-    def(
-        m, "normalize_dx",
-        [](I dy, I x, StatisticIn mean, StatisticIn rstd, I gamma, StatisticIn mean_g, StatisticIn mean_g_xhat, O out) {
-            const auto rows = positions("normalize_dx", 0, dy, x, out);
-            normalize_dx<T>(rows, channels("normalize_dx", x, mean, rstd, gamma, mean_g, mean_g_xhat), dy.data(),
-                            x.data(), mean.data(), rstd.data(), gamma.data(), mean_g.data(), mean_g_xhat.data(),
-                            out.data());
-        },
-        arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("gamma"), arg("mean_g"), arg("mean_g_xhat"), arg("out"));
+// Weights are never bf16.
+template <class T>
+void define_updates(nb::module_& m) {
+    using I = const In<T>&;
+    using O = const Out<T>&;
+    const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
 
     def(
         m, "sgd_update",
@@ -218,14 +181,13 @@ void define(nb::module_& m) {
 }
 
 void define_refusals(nb::module_& m) {
-    for (const char* name : {"add",         "multiply",    "relu",         "relu_dx",        "activate",
-                             "activate_dx", "max_pool",    "max_pool_dx",  "bias_add",       "bias_grad",
-                             "moments",     "normalize",   "normalize_dx", "normalize_grad", "sum_positions",
-                             "sgd_update",  "adam_update", "lars_update",  "sum_squares",    "spread_positions"}) {
-        refuse_others(m, name,
-                      "takes NumPy arrays of one type, float32 or float64 (statistics always float64, indices int32), "
-                      "outputs writeable");
+    for (const char* name :
+         {"add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "max_pool", "max_pool_dx",
+          "sum_positions", "spread_positions"}) {
+        refuse_others(m, name, TAKES);
     }
+    for (const char* name : {"sgd_update", "adam_update", "lars_update", "sum_squares"})
+        refuse_others(m, name, "takes NumPy arrays of one type, float32 or float64, outputs writeable");
 }
 
 }  // namespace
@@ -247,6 +209,12 @@ NB_MODULE(_native, m) {
     m.doc() = "Compiled kernels of the `native` backend; their meaning is that of hpctrain.backends.base.Backend.";
     hpctrain::define<float>(m);
     hpctrain::define<double>(m);
+    hpctrain::define<hpctrain::bf16>(m);
+    hpctrain::define_updates<float>(m);
+    hpctrain::define_updates<double>(m);
     hpctrain::define_refusals(m);
+    hpctrain::define_normalization(m);
     hpctrain::define_engine(m);
+    hpctrain::define_losses(m);
+    hpctrain::define_positions(m);
 }

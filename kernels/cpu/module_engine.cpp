@@ -1,4 +1,5 @@
-// The engine's part of hpctrain._native: convolution and matrix products of float32 arrays.
+// The engine's part of hpctrain._native: convolution and matrix products of arrays of float32, or of bfloat16, which
+// Python has as uint16.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -6,9 +7,11 @@
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <utility>
 
 #include "arrays.h"
 #include "bindings.h"
+#include "engine/bf16.h"
 #include "engine/engine.h"
 #include "engine/scratch.h"
 #include "engine/winograd.h"
@@ -18,6 +21,8 @@ namespace {
 
 using I = const In<float>&;
 using O = const Out<float>&;
+using HalfI = const In<std::uint16_t>&;
+using HalfO = const Out<std::uint16_t>&;
 using Bias = std::optional<In<float>>;
 using Numbers = std::vector<Index>;
 
@@ -66,23 +71,24 @@ const float* bias_of(const char* name, const Bias& bias, Index columns) {
 
 // Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
 const Winograd* winograd(const Engine& e, const Convolution& c, bool exact, bool dx = false) {
+    if (!exact && !dx && e.winograd->strided(c)) return e.winograd;
     return !exact && e.winograd->fits(c) && (dx ? e.winograd->cost_dx : e.winograd->cost)(c) < 1 ? e.winograd : nullptr;
 }
 
-void conv(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
-          bool accumulate, bool exact) {
+void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
+          bool accumulate, bool exact, double slope) {
     const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
-    const float* b = bias_of("conv", bias, c.groups * c.filters);
+    const Epilogue epilogue{bias_of("conv", bias, c.groups * c.filters), accumulate, float(slope)};
     const Engine& e = engine();
     if (const Winograd* faster = winograd(e, c, exact))
-        return faster->conv(c, x.data(), w.data(), b, accumulate, out.data(), {});
+        return faster->conv(c, x.data(), w.data(), epilogue, out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_size(c));
     e.pack(c, w.data(), packed);
-    e.conv(c, x.data(), packed, b, accumulate, out.data());
+    e.conv(c, x.data(), packed, epilogue, out.data());
 }
 
-void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+void conv_dx_floats(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
     const Engine& e = engine();
     if (const Winograd* faster = winograd(e, c, exact, true))
@@ -93,11 +99,31 @@ void conv_dx(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, I
     e.conv_dx(c, dy.data(), packed, out.data());
 }
 
-void conv_dw(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+void conv_dw_floats(I x, I dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
     const Engine& e = engine();
     if (const Winograd* faster = winograd(e, c, exact)) return faster->conv_dw(c, x.data(), dy.data(), out.data(), {});
     e.conv_dw(c, x.data(), dy.data(), out.data());
+}
+
+const Bf16* bf16(HalfI a) { return reinterpret_cast<const Bf16*>(a.data()); }
+Bf16* bf16(HalfO a) { return reinterpret_cast<Bf16*>(a.data()); }
+
+void conv_bf16(HalfI x, HalfI w, HalfO out, const Numbers& stride, const Numbers& dilation, Index groups,
+               const Bias& bias, bool exact, double slope) {
+    const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
+    conv(c, bf16(x), bf16(w), {bias_of("conv", bias, c.groups * c.filters), false, float(slope)}, exact, bf16(out));
+}
+
+void conv_dx_bf16(HalfI dy, HalfI w, HalfO out, const Numbers& stride, const Numbers& dilation, Index groups,
+                  bool exact) {
+    const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
+    conv_dx(c, bf16(dy), bf16(w), exact, bf16(out));
+}
+
+void conv_dw_bf16(HalfI x, HalfI dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
+    const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
+    conv_dw(c, bf16(x), bf16(dy), exact, out.data());
 }
 
 // Winograd's convolution whether it is faster or not, with its tiles anywhere.
@@ -126,10 +152,11 @@ TileAnchor anchor_of(const Numbers& anchor) {
     return {int(anchor[0]), int(anchor[1]), anchor.size() == 3 ? int(anchor[2]) : 6};
 }
 
-void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor) {
+void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor,
+                   double slope) {
     const Convolution c = winograd_convolution("winograd_conv", x, w, out, groups, anchor);
-    const float* b = bias_of("winograd_conv", bias, c.groups * c.filters);
-    engine().winograd->conv(c, x.data(), w.data(), b, accumulate, out.data(), anchor_of(anchor));
+    const Epilogue epilogue{bias_of("winograd_conv", bias, c.groups * c.filters), accumulate, float(slope)};
+    engine().winograd->conv(c, x.data(), w.data(), epilogue, out.data(), anchor_of(anchor));
 }
 
 void winograd_dx(I dy, I w, O out, Index groups, const Numbers& anchor) {
@@ -142,8 +169,9 @@ void winograd_dw(I x, I dy, O out, Index groups, const Numbers& anchor) {
     engine().winograd->conv_dw(c, x.data(), dy.data(), out.data(), anchor_of(anchor));
 }
 
-// A matrix of which rows or columns are contiguous.
-Matrix matrix(I a, bool transpose) {
+// A matrix of which rows or columns are contiguous: the steps between its rows and columns.
+template <class A>
+std::pair<Index, Index> steps(const A& a, bool transpose) {
     if (a.ndim() != 2) refuse("gemm", "matrices are needed, not an array of shape " + shape_of(a));
     Index row = Index(a.stride(0)), column = Index(a.stride(1));
     if (a.shape(1) <= 1) column = 1;  // whatever NumPy says
@@ -153,40 +181,89 @@ Matrix matrix(I a, bool transpose) {
                            " lie " + std::to_string(row) + " and " + std::to_string(column) +
                            " apart; pass numpy.ascontiguousarray(...)");
     }
-    return transpose ? Matrix{a.data(), column, row} : Matrix{a.data(), row, column};
+    return transpose ? std::pair{column, row} : std::pair{row, column};
 }
 
-void gemm(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate) {
-    const Matrix left = matrix(a, transpose_a), right = matrix(b, transpose_b);
+Matrix matrix(I a, std::pair<Index, Index> steps) { return {a.data(), steps.first, steps.second}; }
+Bf16Matrix matrix(HalfI a, std::pair<Index, Index> steps) { return {bf16(a), steps.first, steps.second}; }
+
+// Calls compute(m, n, k, a, b, bias) for the product of two matrices.
+template <class A, class C, class Compute>
+void product(const A& a, const A& b, const C& out, bool transpose_a, bool transpose_b, const Bias& bias,
+             Compute compute) {
+    const auto left = matrix(a, steps(a, transpose_a)), right = matrix(b, steps(b, transpose_b));
     const size_t m = a.shape(transpose_a), k = a.shape(!transpose_a), n = b.shape(!transpose_b);
     if (out.ndim() != 2 || b.shape(transpose_b) != k || out.shape(0) != m || out.shape(1) != n) {
         refuse("gemm", shape_of(a) + (transpose_a ? " transposed" : "") + " times " + shape_of(b) +
                            (transpose_b ? " transposed" : "") + " does not give " + shape_of(out));
     }
     require_rows("gemm", out);
-    const float* added = bias_of("gemm", bias, Index(n));
-    engine().gemm(Index(m), Index(n), Index(k), left, right, added, accumulate, out.data(), Index(out.stride(0)));
+    compute(Index(m), Index(n), Index(k), left, right, bias_of("gemm", bias, Index(n)));
+}
+
+void gemm_floats(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate, double slope) {
+    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, Matrix left, Matrix right, auto b) {
+        engine().gemm(m, n, k, left, right, {b, accumulate, float(slope)}, out.data(), Index(out.stride(0)));
+    });
+}
+
+void gemm_bf16(HalfI a, HalfI b, HalfO out, bool transpose_a, bool transpose_b, const Bias& bias, double slope) {
+    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, auto left, auto right, auto b) {
+        gemm(m, n, k, left, right, {b, false, float(slope)}, bf16(out), Index(out.stride(0)));
+    });
+}
+
+void gemm_bf16_to_floats(HalfI a, HalfI b, O out, bool transpose_a, bool transpose_b, const Bias& bias, double slope) {
+    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, auto left, auto right, auto b) {
+        gemm(m, n, k, left, right, {b, false, float(slope)}, out.data(), Index(out.stride(0)));
+    });
+}
+
+// Two vectors of one length, as one row.
+template <class A, class B>
+Rows vectors(const char* name, const A& a, const B& b) {
+    if (a.ndim() != 1 || b.ndim() != 1 || a.shape(0) != b.shape(0))
+        refuse(name, "1D arrays of one length are needed, not " + shape_of(a) + " and " + shape_of(b));
+    require_rows(name, a), require_rows(name, b);
+    return {1, {1, 1, 1}, Index(a.shape(0)), {}, {}};
 }
 
 }  // namespace
 
 void define_engine(nb::module_& m) {
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
-    def(m, "conv", conv, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false);
-    def(m, "conv_dx", conv_dx, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+    def(m, "conv", conv_floats, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false, arg("slope") = 1.0);
+    def(m, "conv_dx", conv_dx_floats, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("exact") = false);
-    def(m, "conv_dw", conv_dw, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+    def(m, "conv_dw", conv_dw_floats, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("exact") = false);
     const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
     def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
-        arg("accumulate") = false, anchor());
+        arg("accumulate") = false, anchor(), arg("slope") = 1.0);
     def(m, "winograd_dx", winograd_dx, arg("dy"), arg("w"), arg("out"), arg("groups") = 1, anchor());
     def(m, "winograd_dw", winograd_dw, arg("x"), arg("dy"), arg("out"), arg("groups") = 1, anchor());
-    def(m, "gemm", gemm, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
-        arg("bias") = nb::none(), arg("accumulate") = false);
-    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm"})
-        refuse_others(m, name, "takes float32 NumPy arrays, the output writeable");
+    def(m, "gemm", gemm_floats, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
+        arg("bias") = nb::none(), arg("accumulate") = false, arg("slope") = 1.0);
+    def(m, "conv", conv_bf16, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("bias") = nb::none(), arg("exact") = false, arg("slope") = 1.0);
+    def(m, "conv_dx", conv_dx_bf16, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    def(m, "conv_dw", conv_dw_bf16, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
+        arg("exact") = false);
+    def(m, "gemm", gemm_bf16, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false, arg("transpose_b") = false,
+        arg("bias") = nb::none(), arg("slope") = 1.0);
+    def(m, "gemm", gemm_bf16_to_floats, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false,
+        arg("transpose_b") = false, arg("bias") = nb::none(), arg("slope") = 1.0);
+    def(m, "widen", [](HalfI x, O out) { engine().widen(vectors("widen", x, out), bf16(x), out.data()); }, arg("x"),
+        arg("out"));
+    def(m, "narrow", [](I x, HalfO out) { engine().narrow(vectors("narrow", out, x), x.data(), bf16(out)); }, arg("x"),
+        arg("out"));
+    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm", "widen", "narrow"}) {
+        refuse_others(m, name,
+                      "takes float32 NumPy arrays, or bfloat16 ones as uint16 (weight gradients and biases float32), the "
+                      "output writeable");
+    }
     m.def(
         "use_threads",
         [](int count) {

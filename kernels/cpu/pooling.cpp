@@ -42,10 +42,10 @@ HPCTRAIN_CLONES void max_rows(Index rows, Index channels, const Index* taps, std
             const T* candidate = x + taps[tap];
 #pragma GCC ivdep
             for (Index c = 0; c < channels; ++c) {
-                const T value = candidate[c], best = out[c];
+                const Real<T> value = load(candidate[c]), best = load(out[c]);
                 const bool first_nan = value != value && best == best;
                 const bool better = value > best || first_nan;
-                out[c] = better ? value : best;
+                out[c] = better ? candidate[c] : out[c];
                 index[c] = better ? tap : index[c];
             }
         }
@@ -82,7 +82,9 @@ void max_pool_dx(const Layout<3>& layout, Index channels, const Index* taps, std
         const T* from = dy + cursor.offset()[1];
         const std::int32_t* winner = index + cursor.offset()[2];
         for (Index c = 0; c < channels; ++c) {
-            if (winner[c] >= 0 && winner[c] < tap_count) into[taps[winner[c]] + c] += from[c];
+            if (winner[c] < 0 || winner[c] >= tap_count) continue;
+            T& element = into[taps[winner[c]] + c];
+            element = store<T>(load(element) + load(from[c]));
         }
     }
 }
@@ -93,5 +95,6 @@ void max_pool_dx(const Layout<3>& layout, Index channels, const Index* taps, std
                                  T*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)
+HPCTRAIN_FOR(bf16)
 
 }  // namespace hpctrain

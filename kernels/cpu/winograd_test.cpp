@@ -124,7 +124,7 @@ void test(const Case& given, std::mt19937& random) {
     });
     const Engine& e = engine();
     std::vector<float> y(dy.size(), BEFORE), dx(x.size(), BEFORE), dw(w.size(), BEFORE);
-    e.winograd->conv(c, x.data(), w.data(), nullptr, false, y.data(), given.anchor);
+    e.winograd->conv(c, x.data(), w.data(), {}, y.data(), given.anchor);
     e.winograd->conv_dx(c, dy.data(), w.data(), dx.data(), given.anchor);
     e.winograd->conv_dw(c, x.data(), dy.data(), dw.data(), given.anchor);
     expect(e.isa, "y", y, want_y, in_y, BEFORE);

@@ -27,7 +27,7 @@ def test_random_boxes_equal_brute_force_both_ways(comm: Any, dtype: str, seed: i
         fill = float(rng.integers(-5, 5))
         array = whole_numbers(rng, transfer.shape).astype(dtype)
         gradients = [whole_numbers(rng, extent(transfer.want.box(r))).astype(dtype) for r in range(comm.size)]
-        exchange = Exchange(comm, transfer.have, transfer.want, np.dtype(dtype), fill)
+        exchange = Exchange.alone(comm, transfer.have, transfer.want, np.dtype(dtype), fill)
         assert exchange.bwd is not None
         mine = transfer.have.box(comm.rank)
 
@@ -57,7 +57,7 @@ def test_messages_of_more_elements_than_MPI_counts(comm: Any, seed: int, monkeyp
         transfer = random_transfer(rng, comm.size)
         array = whole_numbers(rng, transfer.shape)
         gradients = [whole_numbers(rng, extent(transfer.want.box(r))) for r in range(comm.size)]
-        exchange = Exchange(comm, transfer.have, transfer.want, np.dtype(np.float64))
+        exchange = Exchange.alone(comm, transfer.have, transfer.want, np.dtype(np.float64))
         assert exchange.bwd is not None
         mine = transfer.have.box(comm.rank)
         exchange.fwd.reserve()[...] = array[mine]
@@ -76,7 +76,7 @@ def test_backward_is_the_adjoint_of_forward(comm: Any, seed: int) -> None:
     for number in range(ROUNDS):
         rng, own = np.random.default_rng([seed, number]), np.random.default_rng([seed, number, comm.rank])
         transfer = random_transfer(rng, comm.size)
-        exchange = Exchange(comm, transfer.have, transfer.want, np.dtype(np.float64))
+        exchange = Exchange.alone(comm, transfer.have, transfer.want, np.dtype(np.float64))
         assert exchange.bwd is not None
         x = whole_numbers(own, extent(transfer.have.box(comm.rank)))
         y = whole_numbers(own, extent(transfer.want.box(comm.rank)))
@@ -99,8 +99,8 @@ def test_redistribution_there_and_back_is_the_identity(comm: Any, seed: int) -> 
         shape = tuple(rng.integers(1, 10, rng.integers(1, 6)).tolist())
         one, other = distribution(rng, shape, comm.size), distribution(rng, shape, comm.size)
         array = rng.normal(size=shape)
-        exchange = Exchange(comm, one, other, np.dtype(np.float64))
-        back = Exchange(comm, other, one, np.dtype(np.float64), tag=2)
+        exchange = Exchange.alone(comm, one, other, np.dtype(np.float64))
+        back = Exchange.alone(comm, other, one, np.dtype(np.float64), tag=2)
         assert exchange.bwd is not None
         x = exchange.fwd.reserve()
         x[...] = array[one.box(comm.rank)]
@@ -123,7 +123,7 @@ def test_bytes_are_those_of_all_pairs_of_boxes(comm: Any, seed: int) -> None:
         out = {r: 4 * common(transfer, comm.rank, r) for r in others}
         into = {r: 4 * common(transfer, r, comm.rank) for r in others}
         posted = Posted(comm)
-        exchange = Exchange(posted, transfer.have, transfer.want, np.dtype(np.float32), tag=6)  # type: ignore[arg-type]
+        exchange = Exchange.alone(posted, transfer.have, transfer.want, np.dtype(np.float32), tag=6)  # type: ignore[arg-type]
         assert exchange.bwd is not None
         # one message for each pair of ranks that share anything, each way
         sends = [(r, n, 6) for r, n in out.items() if n] + [(r, n, 7) for r, n in into.items() if n]
@@ -149,7 +149,7 @@ def test_ten_transfers_of_one_edge_with_other_data_each(comm: Any, seed: int) ->
         rng = np.random.default_rng([seed, number])
         transfer = random_transfer(rng, comm.size)
         mine = transfer.have.box(comm.rank)
-        exchange = Exchange(comm, transfer.have, transfer.want, np.dtype(np.float64), fill=-7.0)
+        exchange = Exchange.alone(comm, transfer.have, transfer.want, np.dtype(np.float64), fill=-7.0)
         assert exchange.bwd is not None
         src, dst = exchange.fwd.src, exchange.fwd.dst
         for _ in range(10):
@@ -173,7 +173,7 @@ def test_edges_under_way_together_do_not_mix(comm: Any, seed: int) -> None:
         owners = [distribution(rng, shape, comm.size) for _ in range(4)]
         users = [wishes(rng, shape, comm.size) for _ in range(4)]
         edges = [
-            Exchange(comm, have, want, np.dtype(np.float64), tag=2 * i)
+            Exchange.alone(comm, have, want, np.dtype(np.float64), tag=2 * i)
             for i, (have, want) in enumerate(zip(owners, users, strict=True))
         ]
         arrays = [whole_numbers(rng, shape) for _ in edges]
@@ -196,7 +196,7 @@ def test_halo_and_gather_copy_no_interior(comm: Any) -> None:
     halo = tuple((5 * r - 1, 5 * r + 6) for r in range(comm.size))
     want = Wanted(partition, (Cut((), ((0, 2),)), Cut(("height",), halo), Cut((), ((0, 3),))))
     for wanted in (want, Distribution((2, n, 3), (None, None, None), Partition(channel=comm.size))):
-        exchange = Exchange(comm, have, wanted, np.dtype(np.float32))
+        exchange = Exchange.alone(comm, have, wanted, np.dtype(np.float32))
         assert exchange.bwd is not None
         assert np.shares_memory(exchange.fwd.src, exchange.fwd.dst)
         assert np.shares_memory(exchange.bwd.src, exchange.bwd.dst)
@@ -208,7 +208,7 @@ def test_rank_beyond_both_partitions_has_nothing_to_do(comm: Any) -> None:
     have = Distribution((5, 3), ("batch", None), Partition(batch=2))
     want = Distribution((5, 3), (None, "channel"), Partition(channel=2))
     posted = Posted(comm)
-    exchange = Exchange(posted, have, want, np.dtype(np.float64))  # type: ignore[arg-type]
+    exchange = Exchange.alone(posted, have, want, np.dtype(np.float64))  # type: ignore[arg-type]
     array = np.arange(15.0).reshape(5, 3)
     exchange.fwd.reserve()[...] = array[have.box(comm.rank)]
     np.testing.assert_array_equal(exchange.fwd.run(), array[want.box(comm.rank)], strict=True)
@@ -223,7 +223,7 @@ def test_edge_without_gradient_has_one_way(comm: Any) -> None:
     have = Distribution((5,), ("batch",), Partition(batch=comm.size))
     want = Distribution((5,), (None,), Partition(batch=comm.size))
     posted = Posted(comm)
-    exchange = Exchange(posted, have, want, np.dtype(np.int64), tag=4, backward=False)  # type: ignore[arg-type]
+    exchange = Exchange.alone(posted, have, want, np.dtype(np.int64), tag=4, backward=False)  # type: ignore[arg-type]
     assert exchange.bwd is None
     assert exchange.ways == [exchange.fwd]
     assert {tag for _, _, tag in [*posted.sends, *posted.recvs]} == {4}
@@ -237,7 +237,7 @@ def test_whole_array_on_one_rank_reaches_all(comm: Any) -> None:
     """Gathered boxes have volume, so that the tests above cannot pass on empty boxes alone."""
     have = Distribution((3, 5), (None, None), Partition())
     want = Distribution((3, 5), (None, None), Partition(batch=comm.size))
-    exchange = Exchange(comm, have, want, np.dtype(np.float64))
+    exchange = Exchange.alone(comm, have, want, np.dtype(np.float64))
     array = np.arange(15.0).reshape(3, 5)
     exchange.fwd.reserve()[...] = array[have.box(comm.rank)]
     np.testing.assert_array_equal(exchange.fwd.run(), array)

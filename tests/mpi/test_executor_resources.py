@@ -67,7 +67,7 @@ def test_bytes_sent_are_the_bytes_planned(comm: Any, name: str, precision: str, 
         executor = Executor(net, plan, comm, Reference(), precision)
         load_weights(executor, data)
         assert executor.bytes_sent() == 0
-        planned = [sent_bytes(edge, comm.rank, itemsize) for edge in edges(net, plan)]
+        planned = [sent_bytes(edge, comm.rank, np.dtype(precision)) for edge in edges(net, plan)]
         assert planned == list(counted(net, plan, comm.rank, comm.size, itemsize))
         forward, backward = (sum(way) for way in zip(*planned, strict=True))
         for step in range(2):
@@ -98,7 +98,7 @@ def test_dead_end_gets_no_gradient_and_adds_none(comm: Any, axis: str, seed: int
     expected = serial(net, data)["step 0: pre.weight gradient"][1]
     mine = executor.parameters.by_name["pre.weight"]
     np.testing.assert_allclose(mine.gradient, expected[mine.box], rtol=1e-10, atol=1e-10)
-    planned = sum(sum(sent_bytes(edge, comm.rank, 8)) for edge in edges(probed, plan))
+    planned = sum(sum(sent_bytes(edge, comm.rank, np.dtype(np.float64))) for edge in edges(probed, plan))
     assert executor.bytes_sent() == planned
 
 
@@ -120,7 +120,7 @@ def test_unknown_allreduce_precision_and_axis_are_refused(comm: Any) -> None:
     net = network("dense")
     with pytest.raises(PlanError, match=r"'tree' does not exist; choose one of ring, mpi"):
         Executor(net, Plan(single(net).partitions, "tree"), comm, Reference(), "float64")
-    with pytest.raises(BackendUnavailable, match=r"no float16, only float32, float64; set train.precision"):
+    with pytest.raises(BackendUnavailable, match=r"no float16, only float32, float64, bf16; set train.precision"):
         Executor(net, single(net), comm, Reference(), "float16")
     with pytest.raises(PlanError, match=r"layer layer: width=2 cuts nothing of it.*batch, channel, contraction"):
         Executor(net, with_partitions(net, {"layer": Partition(width=2)}), comm, Reference(), "float64")

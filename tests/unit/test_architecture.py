@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 
 LEVELS = {
     0: (
-        *("partition", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment"),
+        *("partition", "precision", "regions", "errors", "config", "toml_text", "toml_errors", "randomness", "environment"),
         *("durable", "memory"),
     ),
     1: ("comm", "backends"),
     2: ("layers", "optim"),
     3: ("graph", "models", "importers"),
     4: ("planner",),
-    5: ("executor", "parameters", "sync", "data", "checkpoint", "metrics"),
+    5: ("binding", "executor", "parameters", "sync", "data", "checkpoint", "metrics"),
     6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
     7: ("cli", "request", "report", "demo", "doctor", "dryrun", "__main__"),
 }

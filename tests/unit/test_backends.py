@@ -184,6 +184,21 @@ def test_gemm(backend: Backend, dtype: np.dtype, seed: int, transpose_a: bool, t
         assert_close(out, terms.sum(axis=2), np.abs(terms).sum(axis=2), dtype, k)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+def test_bias_and_activation_of_conv_and_gemm(backend: Backend, dtype: np.dtype, seed: int, slope: float) -> None:
+    for g, arrays in cases(dtype, seed, dilated=True, grouped=True):
+        x, w, b = arrays.normal(g.n, *g.extent, g.c), arrays.normal(*g.kernel, g.c // g.groups, g.k), arrays.normal(g.k)
+        plain, out = (arrays.out(g.n, *g.outputs, g.k) for _ in range(2))
+        backend.conv(x, w, plain, g.stride, g.dilation, g.groups)
+        backend.conv(x, w, out, g.stride, g.dilation, g.groups, b, slope)
+        want = plain + b
+        np.testing.assert_allclose(out, np.where(want > 0, want, slope * want), rtol=1e-5, atol=1e-4)
+        rows = plain.reshape(-1, g.k)[:5].copy()
+        product = np.empty_like(rows)
+        backend.gemm(rows, np.eye(g.k, dtype=dtype), product, bias=b, slope=slope)
+        np.testing.assert_allclose(product, np.where(rows + b > 0, rows + b, slope * (rows + b)), rtol=1e-5, atol=1e-4)
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 

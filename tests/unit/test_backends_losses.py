@@ -160,3 +160,86 @@ def test_losses_of_many_elements_are_added_in_double(backend: Backend) -> None:
     two, weight = np.zeros((1, n, 2), np.float32), np.ones(2, np.float32)
     backend.cross_entropy(two, np.zeros((1, n), np.int8), weight, 0.0, loss, np.empty_like(two))
     assert loss[0] == pytest.approx(n * np.log(2), rel=2e-7)
+
+
+def test_label_scores_equal_a_loop(backend: Backend, dtype: np.dtype, seed: int) -> None:
+    counted = ties = 0
+    for k, shape, arrays in arrays_of(dtype, seed):
+        values = arrays.rng.integers(-2, 3, (*shape, k)).astype(dtype)  # few values: many ties
+        values[arrays.rng.random(values.shape) < 0.05] = np.nan
+        logits, weight = arrays.of(values), arrays.of((1 + np.arange(k) / 4).astype(dtype))
+        labels = arrays.of(arrays.rng.integers(-2, k + 2, shape))
+        table, want = arrays.out(shape[0], 4), np.zeros((shape[0], 3))
+        backend.label_scores(logits, labels, weight, table[:, 3], table[:, 1], table[:, 0])
+        for at in np.ndindex(shape):
+            if 0 <= labels[at] < k:
+                counted += 1
+                best = max(range(k), key=lambda c: (np.isnan(values[at][c]), values[at][c]))
+                ties += np.count_nonzero(values[at] == values[at][best]) > 1
+                want[at[0]] += weight[labels[at]], best == labels[at], 1
+        np.testing.assert_array_equal(table[:, [3, 1, 0]], want)  # quarters and counts: exact
+        np.testing.assert_array_equal(table[:, 2], 77)
+    assert counted > 20
+    assert ties > 5
+
+
+def test_agreement_equals_a_loop(backend: Backend, dtype: np.dtype, seed: int) -> None:
+    for k, shape, arrays in arrays_of(dtype, seed):
+        x, target = (arrays.of(arrays.rng.choice([-1, 0, 0.5, 1, np.nan], (*shape, k)).astype(dtype)) for _ in range(2))
+        table, want = arrays.out(shape[0], 2), np.zeros(shape[0])
+        backend.agreement(x, target, table[:, 1])
+        for at in np.ndindex(x.shape):
+            want[at[0]] += (x[at] > 0) == (target[at] > 0.5)
+        np.testing.assert_array_equal(table[:, 1], want)
+        np.testing.assert_array_equal(table[:, 0], 77)
+
+
+@pytest.mark.parametrize("classes", [1, 16, 17, 33, 2049, 5000])
+def test_softmax_and_cross_entropy_of_many_classes(backend: Backend, dtype: np.dtype, seed: int, classes: int) -> None:
+    """Around what kernels take at a time: 16 classes side by side, rows of 2048."""
+    arrays = Arrays(dtype, seed, strided=True)
+    x, labels, weight = arrays.normal(3, 5, classes), arrays.rng.integers(0, classes, (3, 5)), np.ones(classes, dtype)
+    x *= 10
+    y, p, loss = arrays.out(3, 5, classes), arrays.out(3, 5, classes), np.empty(3, dtype)
+    backend.softmax(x, y)
+    backend.cross_entropy(x, labels, weight, 0.0, loss, p)
+    surprise = -log_softmax(x.astype(float), axis=-1)
+    reach = np.abs(x).max() + 1
+    assert_close(y, np.exp(-surprise), reach * np.exp(-surprise), dtype, 4 * classes)
+    assert_close(p, np.exp(-surprise), reach * np.exp(-surprise), dtype, 4 * classes)
+    want = np.take_along_axis(surprise, labels[..., None], -1).sum((1, 2))
+    assert_close(loss, want, 10 * reach, dtype, classes)
+    arrays.check_surroundings()
+
+
+LABEL_TYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("kind", LABEL_TYPES)
+def test_labels_of_every_integer_type(backend: Backend, dtype: np.dtype, seed: int, kind: str) -> None:
+    rng, limits = np.random.default_rng(seed), np.iinfo(kind)
+    labels = np.array([[0, 1, 2], [2, limits.max, max(limits.min, -2)]], kind)
+    counts = (labels >= 0) & (labels < 3)
+    logits, weight = rng.standard_normal((2, 3, 3)).astype(dtype), np.ones(3, dtype)
+    loss, p, dx, scores = np.empty(2, dtype), np.empty_like(logits), np.empty_like(logits), np.empty((3, 2), dtype)
+    backend.cross_entropy(logits, labels, weight, 0.0, loss, p)
+    backend.cross_entropy_dx(p, labels, weight, 0.0, np.ones(2, dtype), dx)
+    backend.label_scores(logits, labels, weight, *scores)
+    at_label = np.take_along_axis(log_softmax(logits, -1), np.where(counts, labels, 0).astype(int)[..., None], -1)
+    np.testing.assert_allclose(loss, -np.where(counts, at_label[..., 0], 0).sum(1), rtol=1e-5)
+    np.testing.assert_array_equal((dx != 0).any(axis=-1), counts)
+    np.testing.assert_array_equal(scores[2], counts.sum(axis=1))
+
+
+def test_losses_of_nothing(backend: Backend, dtype: np.dtype) -> None:
+    for shape in ((0, 3), (2, 0), (2, 0, 5), (2, 4, 0)):
+        x, labels, n = np.zeros(shape, dtype), np.zeros(shape[:-1], np.int64), shape[0]
+        rows, weight = np.full((5, n), 7, dtype), np.ones(shape[-1], dtype)
+        backend.softmax(x, x)
+        backend.softmax_dx(x, x, x)
+        backend.cross_entropy(x, labels, weight, 0.1, rows[0], x)
+        backend.cross_entropy_dx(x, labels, weight, 0.1, np.ones(n, dtype), x)
+        backend.label_scores(x, labels, weight, *rows[1:4])
+        backend.pointwise_loss("logistic", x, x, rows[4])
+        backend.pointwise_loss_dx("logistic", x, x, np.ones(n, dtype), x)
+        np.testing.assert_array_equal(rows, 0)

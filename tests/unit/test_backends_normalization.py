@@ -136,3 +136,47 @@ def test_every_kind_rounds_no_more_than_its_type(backend: Backend, dtype: np.dty
             dx[at], r * (a * float(dy[at]) - p - xhat * q), r * (abs(a * dy[at]) + abs(p) + reach * abs(q)), dtype, 5
         )
     arrays.check_surroundings()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NORMS if kind != "batch"])
+@pytest.mark.parametrize("slope", [1.0, 0.0, 0.25])
+def test_every_kind_adds_and_activates(backend: Backend, dtype: np.dtype, seed: int, kind: str, slope: float) -> None:
+    norm, arrays, statistics = NORMS[kind], Arrays(dtype, seed, True), Arrays(np.dtype(float), seed + 1, False)
+    x, add, gamma, beta = (arrays.normal(*shape) for shape in (norm.x, norm.x, norm.gamma, norm.gamma))
+    mean, rstd = statistics.normal(*norm.statistics), np.exp(statistics.normal(*norm.statistics))
+    out = arrays.out(*norm.x)
+    backend.normalize(x, mean, rstd, gamma, beta, out, add, slope)
+    linear = (x - mean) * rstd * gamma + beta + add.astype(float)
+    reach = (np.abs(x) + np.abs(mean)) * rstd * np.abs(gamma) + np.abs(beta) + np.abs(add)
+    assert_close(out, np.where(linear > 0, linear, slope * linear), reach, dtype, 4)
+    backend.normalize(x, mean, rstd, gamma, beta, add, add, slope)
+    np.testing.assert_array_equal(add, out)
+    arrays.check_surroundings()
+
+
+@pytest.mark.parametrize("over", [(1, 2), (1, 2, 3), (2, 3), (0, 1)])
+@pytest.mark.parametrize("shape", [(1, 211, 163, 5), (3, 67, 71, 19), (2, 33, 1, 70)])
+def test_sums_of_many_elements(
+    backend: Backend, dtype: np.dtype, seed: int, over: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    """More than one thread or block takes at a time, far from zero; sums by row and by column."""
+    rng = np.random.default_rng(seed)
+    x, dy = (rng.standard_normal(shape) + 100).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    kept = tuple(1 if d in over else n for d, n in enumerate(shape))
+    mean, m2, sum_dy, sum_dy_xhat = np.full((4, *kept), 77.0)
+    backend.moments(x, mean, m2)
+    exact = x.astype(np.longdouble)
+    np.testing.assert_allclose(mean, exact.mean(over, keepdims=True).astype(float), rtol=1e-13)
+    centre = exact - exact.mean(over, keepdims=True)
+    np.testing.assert_allclose(m2, (centre**2).sum(over, keepdims=True).astype(float), rtol=1e-10)
+    rstd = 1 / np.sqrt(m2 + 1)
+    terms = ((x.astype(float) - mean) * rstd) * dy
+    backend.normalize_grad(dy, x, mean, rstd, sum_dy, sum_dy_xhat)
+    magnitude = np.abs(dy).astype(float).sum(over, keepdims=True)
+    np.testing.assert_allclose(sum_dy - dy.sum(over, np.float64, keepdims=True), 0, atol=1e-12 * magnitude.max())
+    np.testing.assert_allclose(sum_dy_xhat - terms.sum(over, keepdims=True), 0, atol=1e-12 * magnitude.max())
+    # the same statistics, summed over other dims: what layer norm's weights get
+    gradient = np.full((2, shape[-1]), 77.0)
+    backend.normalize_grad(dy, x, mean, rstd, *gradient)
+    want = dy.sum((0, 1, 2), np.float64), terms.sum((0, 1, 2))
+    np.testing.assert_allclose(gradient - np.stack(want), 0, atol=1e-11 * magnitude.max() * rstd.max())

@@ -157,6 +157,38 @@ def test_bias_and_accumulate(seed: int) -> None:
     arrays.check_surroundings()
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.25, 1.5])
+def test_activation_after_the_bias(seed: int, slope: float) -> None:
+    """The same bits as bias and activation one after the other."""
+    arrays = Arrays(FLOAT, seed, strided=True)
+    for g in (conv(5, 37), conv(300, 6), conv(64, 64, extent=(9, 10)), conv(4, 5, groups=3), conv(1, 1, groups=21)):
+        x, w, b = arrays.normal(g.n, *g.extent, g.c), arrays.normal(*g.kernel, g.c // g.groups, g.k), arrays.normal(g.k)
+        for exact, bias in ((True, b), (False, b), (True, None)):
+            plain, out = (arrays.out(g.n, *g.outputs, g.k) for _ in range(2))
+            kernels.conv(x, w, plain, g.stride, g.dilation, g.groups, bias, exact=exact)
+            kernels.conv(x, w, out, g.stride, g.dilation, g.groups, bias, exact=exact, slope=slope)
+            assert np.array_equal(out, np.where(plain > 0, plain, FLOAT.type(slope) * plain))
+    for m, n, k in MATRICES:
+        a, b, bias = arrays.normal(m, k), arrays.normal(k, n), arrays.normal(n)
+        plain, out = arrays.out(m, n), arrays.out(m, n)
+        for right in (b, b.T.copy().T):
+            kernels.gemm(a, right, plain, bias=bias)
+            kernels.gemm(a, right, out, bias=bias, slope=slope)
+            assert np.array_equal(out, np.where(plain > 0, plain, FLOAT.type(slope) * plain))
+    arrays.check_surroundings()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_relu_keeps_nan_and_takes_minus_infinity_to_0(exact: bool) -> None:
+    x, w, bias = np.ones((1, 6, 6, 64), np.float32), np.zeros((3, 3, 64, 64), np.float32), np.zeros(64, np.float32)
+    w[1, 1], bias[:4] = np.eye(64), (np.nan, -np.inf, np.inf, -3)
+    y, product = np.empty((1, 4, 4, 64), np.float32), np.empty((6, 64), np.float32)
+    kernels.conv(x, w, y, (1, 1), (1, 1), bias=bias, exact=exact, slope=0.0)
+    kernels.gemm(x[0, 0], w[1, 1], product, bias=bias, slope=0.0)
+    for row in (y[0, 1, 2], product[5]):
+        np.testing.assert_allclose(row[:5], [np.nan, 0, np.inf, 0, 1], atol=1e-5)
+
+
 MATRICES = [
     *((m, n, k) for m in (1, 5, 6, 7, 33) for n, k in ((1, 1), (15, 70), (65, 3))),
     *((250, 19, 900), (3, 50, 0), (4, 700, 900), (33, 1000, 270), (200, 1400, 200), (190, 185, 1500)),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-import tracemalloc
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 import pytest
+from allocations import bound, peak
 
 from hpctrain import memory as process
 from hpctrain import usage
@@ -22,6 +22,7 @@ from hpctrain.layers import (
     MSE,
     BatchNorm,
     Conv,
+    ConvTranspose,
     Dice,
     Dropout,
     Flatten,
@@ -30,15 +31,13 @@ from hpctrain.layers import (
     Layer,
     LayerNorm,
     MaxPool,
-    Phase,
-    Place,
     ReLU,
     Sigmoid,
     Softmax,
     SoftmaxCrossEntropy,
     Upsample,
 )
-from hpctrain.partition import Partition, Shape, whole
+from hpctrain.partition import Partition, Shape
 from hpctrain.planner import memory
 from hpctrain.planner.plan import Plan, uniform
 
@@ -59,9 +58,10 @@ def test_one_rank_by_hand() -> None:
     assert need.parameters == 8 * 2 * weights
     assert need.optimizer == 8 * 2 * weights
     # x padded; conv's output where the pool reads it, padded below to 6 x 6; the pool's; the flat one; y; rows of loss
-    forward = 2 * 8 * 7 * 4 + 2 * 6 * 6 * 3 + 2 * 27 + 2 * 27 + 2 * 27 + 2 * 4
-    gradients = 2 * 6 * 6 * 3 + 2 * 27 + 2 * 27
-    assert need.tensors == 8 * (forward + gradients)
+    forward = [2 * 8 * 7 * 4, 2 * 6 * 6 * 3, 2 * 27, 2 * 27, 2 * 27, 2 * 4]
+    gradients = [2 * 6 * 6 * 3, 2 * 27, 2 * 27]
+    # each begins with a cache line, and so does the whole
+    assert need.tensors == sum(ceil(8 * n / 64) * 64 for n in (*forward, *gradients)) + 64
     assert need.messages == need.statistics == 0
     assert need.kept == 4 * 2 * 27
     assert need.total == sum((need.parameters, need.optimizer, need.tensors, need.kept, need.workspace))
@@ -98,15 +98,42 @@ def test_adding_a_grid_axis_divides_the_tensors() -> None:
         (Dropout(), (2, 3, 5), [(2, 3, 5)], 30),
         (Dropout(whole_channels=True), (2, 3, 3, 5), [(2, 3, 3, 5)], 10),
         (SoftmaxCrossEntropy(), (2, 4), [(2, 7), (2,)], 8 * 14),
-        (Dice(), (2, 4), [(2, 3, 3, 5), (2, 3, 3)], 3 * 8 * 90),
+        (SoftmaxCrossEntropy(ignore=3), (2, 4), [(2, 7), (2,)], 8 * 14 + 9 * 2),
+        (Dice(), (2, 4), [(2, 3, 3, 5), (2, 3, 3)], 3 * 8 * 90 + 2 * 90 + 8 * 18),
+        (Dice(ignore=0), (2, 4), [(2, 3, 3, 5), (2, 3, 3)], 3 * 8 * 90 + 2 * 90 + 9 * 18),
+        (Dice(), (2, 4), [(2, 3, 3, 5), (2, 3, 3, 5)], 3 * 8 * 90 + 2 * 90),
+        (LayerNorm(dims=2), (2, 3, 4, 5), [(2, 3, 4, 5)], 8 * 120 + 8 * 6 * 6 + 8 * 3 * 20),
+        (ConvTranspose(6, kernel=(3, 2), stride=2, groups=2), (2, 7, 6, 6), [(2, 3, 3, 4)], 8 * (2 * 42 * 6 + 72)),
         (Softmax(), (2, 7), [(2, 7)], 0),
         (Softmax(), (2, 3), [(2, 7)], 2 * 8 * 14),
         (Upsample(2), (1, 6, 6, 5), [(1, 3, 3, 5)], 8 * 6 * 3 * 5),
         (ReLU(), (2, 3), [(2, 3)], 0),
     ],
 )
-def test_what_layers_keep(layer: object, output: tuple[int, ...], inputs: list[tuple[int, ...]], kept: int) -> None:
-    assert layer.kept_bytes(8, output, *inputs) == kept  # type: ignore[attr-defined]
+def test_what_layers_keep(layer: Layer, output: Shape, inputs: list[Shape], kept: int) -> None:
+    assert layer.kept_bytes(8, output, *inputs) == kept
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (SoftmaxCrossEntropy(ignore=3), ((2, 31, 7), (2, 31))),
+        (Dice(), ((2, 13, 3, 5), (2, 13, 3))),
+        (Dice(ignore=0), ((2, 13, 3, 5), (2, 13, 3))),
+        (Dice(), ((2, 13, 3, 5), (2, 13, 3, 5))),
+        (LayerNorm(), ((2, 13, 4, 5),)),
+        (LayerNorm(dims=3), ((2, 13, 4, 5),)),
+        (ConvTranspose(6, kernel=(3, 2), stride=2, padding=1, groups=2), ((2, 13, 8, 4),)),
+        (MaxPool(2), ((2, 13, 8, 5),)),
+        (Upsample(3, mode="linear"), ((2, 13, 8, 5),)),
+    ],
+    ids=str,
+)
+def test_what_layers_keep_is_what_their_ops_hold(layer: Layer, shapes: tuple[Shape, ...], backend: Backend) -> None:
+    held = vars(bound(layer, shapes, backend, np.dtype("float64")).op).values()
+    arrays = [a for value in held for a in (value if isinstance(value, list) else [value]) if isinstance(a, np.ndarray)]
+    kept, few = sum(a.nbytes for a in arrays), 200  # class weights and such
+    assert 0 <= kept - layer.kept_bytes(8, layer.output_shape(*shapes), *shapes) < few
 
 
 # --- temporary arrays ---------------------------------------------------------------------------------------------
@@ -114,28 +141,9 @@ def test_what_layers_keep(layer: object, output: tuple[int, ...], inputs: list[t
 
 def measured(layer: Layer, shapes: tuple[Shape, ...], backend: Backend, dtype: np.dtype) -> int:
     """The most bytes that forward and backward of a layer allocate besides what they are given and what they keep."""
-    rng, output = np.random.default_rng(0), layer.output_shape(*shapes)
-    labels, weights = layer.labels(*shapes), layer.weights(*shapes)
-    boxes = tuple(map(whole, shapes))
-    held = {name: whole(weight.shape) for name, weight in weights.items()}
-    work = whole(layer.work_shape(*shapes))
-    op = layer.bind(Place("layer", 0, backend, dtype, shapes, boxes, work, whole(output), held, None))
-    x = [
-        rng.integers(0, shapes[0][-1], shape) if label else rng.random(shape).astype(dtype)
-        for shape, label in zip(shapes, labels, strict=True)
-    ]
-    w = {name: np.ones(v.shape, dtype) for name, v in {**weights, **layer.state(*shapes)}.items()}
-    dx = [None if label else np.empty(shape, dtype) for shape, label in zip(shapes, labels, strict=True)]
-    dw = {name: np.empty(v.shape, dtype) for name, v in weights.items()}
-    y, dy = np.zeros(output, dtype), np.ones(output, dtype)
-    most = 0
-    for _ in range(2):  # the first time makes what is kept
-        for step in (lambda: op.forward(x, w, y, Phase()), lambda: op.backward(dy, w, dx, dw)):
-            tracemalloc.start()
-            step()
-            most = max(most, tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    return most
+    steps = bound(layer, shapes, backend, dtype)
+    # the first time makes what is kept
+    return max(peak(step) for _ in range(2) for step in (steps.forward, steps.backward))
 
 
 VOLUME = (2, 13, 12, 17, 8)

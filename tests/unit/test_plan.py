@@ -263,7 +263,7 @@ def test_bytes_of_a_halo_by_hand() -> None:
     """Two ranks, 8 rows each, kernel 3: one row of 2 x 5 x 3 elements each way, forward and backward."""
     net = sandwich((2, 16, 5, 3), MaxPool(3, stride=1, padding=1))
     plan = with_partitions(net, {}, other=Partition(height=2))
-    found = {(edge.consumer, edge.slot): sent_bytes(edge, 0, 4) for edge in edges(net, plan)}
+    found = {(edge.consumer, edge.slot): sent_bytes(edge, 0, np.dtype(np.float32)) for edge in edges(net, plan)}
     assert found["pre", 0] == (0, 0)
     assert found["layer", 0] == (2 * 5 * 3 * 4, 2 * 5 * 3 * 4)
 
@@ -280,8 +280,8 @@ def test_bytes_of_dense_layers_are_those_of_the_15d_algorithm(pr: int, pc: int) 
     found = {(edge.consumer, edge.slot): edge for edge in edges(net, plan)}
     gathered = batch * (pr - 1) * units // (pr * pc)
     for rank in range(pr * pc):
-        assert sent_bytes(found["fc2", 0], rank, 4) == (4 * gathered, 4 * gathered)
-        assert sent_bytes(found["relu2", 0], rank, 4) == (0, 0)
+        assert sent_bytes(found["fc2", 0], rank, np.dtype(np.float32)) == (4 * gathered, 4 * gathered)
+        assert sent_bytes(found["relu2", 0], rank, np.dtype(np.float32)) == (0, 0)
 
 
 def test_bytes_of_a_split_contraction_by_hand() -> None:
@@ -291,12 +291,14 @@ def test_bytes_of_a_split_contraction_by_hand() -> None:
     plan = with_partitions(net, {"pre": Partition(channel=2), "layer": cut})
     found = {(edge.consumer, edge.slot): edge for edge in edges(net, plan)}
     for rank in (0, 1):
-        assert sent_bytes(found["layer", None], rank, 8) == (5 * 2 * 8, 5 * 2 * 8)
-        assert sent_bytes(found["layer", 0], rank, 8) == (0, 0), "cut channels of the layer before are those wanted"
+        assert sent_bytes(found["layer", None], rank, np.dtype(np.float64)) == (5 * 2 * 8, 5 * 2 * 8)
+        assert sent_bytes(found["layer", 0], rank, np.dtype(np.float64)) == (0, 0), (
+            "cut channels of the layer before are those wanted"
+        )
 
 
 def test_bytes_of_labels_are_8_each_whatever_the_precision() -> None:
     net = lenet.build(4, Sample((12, 12, 1), classes=3))
     plan = with_partitions(net, {"loss": Partition(batch=4)})
     labels = next(edge for edge in edges(net, plan) if (edge.consumer, edge.slot) == ("loss", 1))
-    assert [sent_bytes(labels, rank, 4) for rank in range(4)] == [(3 * 8, 0), (0, 0), (0, 0), (0, 0)]
+    assert [sent_bytes(labels, rank, np.dtype(np.float32)) for rank in range(4)] == [(3 * 8, 0), (0, 0), (0, 0), (0, 0)]

@@ -70,24 +70,24 @@ void pack_dx(const Convolution& c, const float* w, float* packed) {
                 });
 }
 
-void conv(const Convolution& c, const float* x, const float* packed, const float* bias, bool accumulate, float* y) {
+void conv(const Convolution& c, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
     Scratch scratch;
     if (c.depthwise()) {
         return multiply_channels(
-            {forward_sweeps(c, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, bias, accumulate});
+            {forward_sweeps(c, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, epilogue});
     }
     multiply({forward_sweeps(c, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups, c.channels,
-              c.filters, bias, accumulate});
+              c.filters, epilogue});
 }
 
 void conv_dx(const Convolution& c, const float* dy, const float* packed, float* dx) {
     Scratch scratch;
     if (c.depthwise()) {
         return multiply_channels(
-            {dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, nullptr, false});
+            {dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, {}});
     }
     multiply({dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps() * c.filters, c.channels, c.groups, c.filters,
-              c.channels, nullptr, false});
+              c.channels, {}});
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -15,6 +15,18 @@ std::atomic<const Engine*> selected{nullptr};
 // The best first.
 std::vector<const Engine*> supported() {
     std::vector<const Engine*> found;
+#ifdef HPCTRAIN_AVX512_BF16
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma")) {
+        static const Engine with_pairs = [] {
+            Engine e = avx512::ENGINE;
+            e.isa = "avx512_bf16", e.pairs = &avx512_bf16::PAIRS;
+            return e;
+        }();
+        found.push_back(&with_pairs);
+    }
+#endif
 #ifdef HPCTRAIN_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -34,12 +35,30 @@ struct Matrix {
     Index row, column;
 };
 
+// What is done with sums before they are stored: + bias (of all columns; may be null), + what stands there, and then
+// what is <= 0 becomes slope times itself: 1 changes nothing, 0 is a ReLU, which takes -infinity to 0 too.
+struct Epilogue {
+    const float* bias = nullptr;
+    bool accumulate = false;
+    float slope = 1;
+};
+
+// A bfloat16: the upper half of a float.
+struct Bf16 {
+    std::uint16_t bits;
+};
+
+// An array (samples, *extent, channels) and its copy: their strides.
+struct Rows {
+    Index samples;
+    Sizes extent;
+    Index channels;
+    Strides array, copy;
+};
+
 struct Winograd;  // winograd.h
 
-struct Engine {
-    const char* isa;
-    const Winograd* winograd;
-
+struct Products {
     // Packed weights of `conv` and of `conv_dx`: their size in floats, and how to make them. Good for every input of
     // the same kernel, channels and groups.
     Index (*packed_size)(const Convolution&);
@@ -47,13 +66,26 @@ struct Engine {
     Index (*packed_dx_size)(const Convolution&);
     void (*pack_dx)(const Convolution&, const float* w, float* packed);
 
-    // y = conv(x, w) [+ bias] [+ y]
-    void (*conv)(const Convolution&, const float* x, const float* packed, const float* bias, bool accumulate, float* y);
+    // y = epilogue(conv(x, w))
+    void (*conv)(const Convolution&, const float* x, const float* packed, const Epilogue&, float* y);
     void (*conv_dx)(const Convolution&, const float* dy, const float* packed, float* dx);
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw);
-    // c (m, n), rows `row` apart, = a (m, k) b (k, n) [+ bias (n)] [+ c]
-    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c,
-                 Index row);
+    // c (m, n), rows `row` apart, = epilogue(a (m, k) b (k, n))
+    void (*gemm)(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue&, float* c, Index row);
+};
+
+struct Pairs;  // bf16.h
+
+struct Engine : Products {
+    const char* isa;
+    const Winograd* winograd;
+    const Pairs* pairs;  // null where the processor has no products of bfloat16
+
+    // An array of bfloat16 to its copy, and back, rounded to nearest, ties to even; NaN stays NaN.
+    void (*widen)(const Rows&, const Bf16* array, float* copy);
+    void (*narrow)(const Rows&, const float* copy, Bf16* array);
+    // array += copy
+    void (*add)(const Rows&, const float* copy, float* array);
     // OpenMP's number of threads, for what the calling thread starts.
     void (*use_threads)(int count);
 };

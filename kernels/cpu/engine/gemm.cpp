@@ -37,15 +37,15 @@ int best_width(Index m) {
 struct Operands {
     Index m, n;
     Matrix a, b;
-    const float* bias;
-    bool accumulate;
+    Epilogue epilogue;
     float* c;
     Index row;
+    Index other = 0;  // see load_row
 };
 
 // A block of rows of a panel of B, and where it is packed.
 struct Block {
-    Index panel;
+    Index panel, number;
     Run terms;
     float* packed;
 };
@@ -54,17 +54,21 @@ struct Block {
 Copy packing(const Operands& o, const Panels& panels, const Block& block, int j) {
     const Index column = (panels.first(block.panel) + j) * W;
     const int vectors = panels.size(block.panel);
-    return {o.b.data + block.terms.b * o.b.row + column,   o.b.row, block.packed + j * W, vectors * W, block.terms.n,
-            j + 1 < vectors ? W : panels.tail(block.panel)};
+    const float* from = o.b.data + block.terms.b * o.b.row + (o.other ? 0 : column);
+    if (o.other) from = reinterpret_cast<const float*>(reinterpret_cast<const Bf16*>(from) + column);
+    return {from,          o.b.row,
+            block.packed + j * W, vectors * W,
+            block.terms.n, j + 1 < vectors ? W : panels.tail(block.panel),
+            o.other};
 }
 
 // All rows of C by a packed block, of which columns are contiguous; packs the next one.
 template <int N>
-void block_product(const Operands& o, const Panels& panels, const Block& block, const Block* next) {
+void block_product(const Operands& o, const Panels& panels, const Block& block, Index blocks, const Block* next) {
     constexpr int M = tile_rows(N);
     const Index column = panels.first(block.panel) * W;
     const Run run{block.terms.a, 0, block.terms.n};
-    const bool first = block.terms.b == 0;
+    const Target open = target_of(o.epilogue, column, block.number, blocks);
     int packed = 0;  // vectors of the next block
     for (Index i = 0; i < o.m; i += M) {
         const float* a[M];
@@ -73,8 +77,7 @@ void block_product(const Operands& o, const Panels& panels, const Block& block, 
             a[r] = o.a.data + least(i + r, o.m - 1) * o.a.row;
             c[r] = o.c + least(i + r, o.m - 1) * o.row;
         }
-        const Target target{int(least(M, o.m - i)), panels.tail(block.panel), o.accumulate || !first,
-                            o.bias && first ? o.bias + column : nullptr};
+        const Target target = open.of(int(least(M, o.m - i)), panels.tail(block.panel));
         if (next && packed < panels.size(next->panel)) {
             Copy copy = packing(o, panels, *next, packed++);
             tile<N>(a, c, column, Runs{&run, 1}, o.a.column, block.packed, target, copy);
@@ -92,7 +95,7 @@ void block_product(const Operands& o, const Panels& panels, const Block& block, 
 void few_rows(const Operands& o, const Sweep& sweep, const Panels& panels, Index first, Index last, float* rooms) {
     const Index blocks = sweep.block_count;
     const auto block = [&](Index i) {  // of all in turn
-        return Block{first + i / blocks, sweep.blocks[i % blocks].list[0], rooms + i % 2 * ROOM};
+        return Block{first + i / blocks, i % blocks, sweep.blocks[i % blocks].list[0], rooms + i % 2 * ROOM};
     };
     for (Index i = 0, count = (last - first) * blocks; i < count; ++i) {
         const Block now = block(i), next = block(least(i + 1, count - 1));
@@ -100,27 +103,36 @@ void few_rows(const Operands& o, const Sweep& sweep, const Panels& panels, Index
             for (Copy copy = packing(o, panels, now, j); copy.left;) copy.step();
         }
         with_vectors(panels.size(now.panel), [&](auto vectors) {
-            block_product<decltype(vectors)::count>(o, panels, now, i + 1 < count ? &next : nullptr);
+            block_product<decltype(vectors)::count>(o, panels, now, blocks, i + 1 < count ? &next : nullptr);
         });
     }
 }
 
-// c (m, n) = transposed t (n, m) [+ bias] [+ c]
+void few_rows(const Operands& o, const Sweep& sweep, Scratch& scratch) {
+    const Panels panels(o.n, best_width(o.m));
+    float* rooms = scratch.array<float>(thread_count() * 2 * ROOM);
+    in_threads([&](int thread, int threads) {
+        few_rows(o, sweep, panels, panels.count * thread / threads, panels.count * (thread + 1) / threads,
+                 rooms + thread * 2 * ROOM);
+    });
+}
+
+// c (m, n) = epilogue(transposed t (n, m))
 void turn(const Operands& o, const float* t, Index t_row) {
     in_threads([&](int thread, int threads) {
         const Index blocks = (o.n + W - 1) / W;
         for (Index j = blocks * thread / threads * W; j < least(o.n, blocks * (thread + 1) / threads * W); j += W) {
             const int columns = int(least(W, o.n - j));
-            const V bias = o.bias ? load(o.bias + j, columns) : V{};
+            const V bias = o.epilogue.bias ? load(o.epilogue.bias + j, columns) : V{};
             for (Index i = 0; i < o.m; i += W) {
                 V block[W];
                 for (int k = 0; k < W; ++k) block[k] = k < columns ? load(t + (j + k) * t_row + i) : V{};
                 transpose(block);
                 for (Index k = 0; k < least(W, o.m - i); ++k) {
                     float* c = o.c + (i + k) * o.row + j;
-                    V sum = o.bias ? block[k] + bias : block[k];
-                    if (o.accumulate) sum += load(c, columns);
-                    store(c, sum, columns);
+                    V sum = o.epilogue.bias ? block[k] + bias : block[k];
+                    if (o.epilogue.accumulate) sum += load(c, columns);
+                    store(c, rectified(sum, o.epilogue.slope), columns);
                 }
             }
         }
@@ -129,28 +141,34 @@ void turn(const Operands& o, const float* t, Index t_row) {
 
 }  // namespace
 
-void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const float* bias, bool accumulate, float* c, Index row) {
+void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue& epilogue, float* c, Index row) {
     if (m == 0 || n == 0) return;
     Scratch scratch;
-    const Operands o{m, n, a, b, bias, accumulate, c, row};
+    const Operands o{m, n, a, b, epilogue, c, row};
     if (m <= FEW_ROWS && n > FEW_ROWS && n * k > MUCH && b.column != 1) {  // columns of B as they lie are rows of A
         const Index t_row = Panels(m).vectors * W;
         float* t = scratch.array<float>(n * t_row);
-        gemm(n, m, k, {b.data, b.column, b.row}, {a.data, a.column, a.row}, nullptr, false, t, t_row);
+        gemm(n, m, k, {b.data, b.column, b.row}, {a.data, a.column, a.row}, {}, t, t_row);
         return turn(o, t, t_row);
     }
     const Sweeps sweeps = matrix_sweep(m, k, a.row, a.column, row, scratch);
     if (m > FEW_ROWS || n * k <= MUCH || b.column != 1) {
         float* packed = scratch.array<float>(Panels(n).vectors * W * k);
         pack_whole(n, k, b, packed);
-        return multiply({sweeps, a.column, a.data, c, packed, k, n, 1, 0, 0, bias, accumulate});
+        return multiply({sweeps, a.column, a.data, c, packed, k, n, 1, 0, 0, epilogue});
     }
-    const Panels panels(n, best_width(m));
-    float* rooms = scratch.array<float>(thread_count() * 2 * ROOM);
-    in_threads([&](int thread, int threads) {
-        few_rows(o, sweeps.list[0], panels, panels.count * thread / threads, panels.count * (thread + 1) / threads,
-                 rooms + thread * 2 * ROOM);
-    });
+    few_rows(o, sweeps.list[0], scratch);
 }
+
+#ifdef HPCTRAIN_PAIRS
+void gemm_unpaired(Index m, Index n, Index k, Matrix a, const Bf16* b, Index b_row, const Epilogue& epilogue, float* c,
+                   Index row) {
+    if (m == 0 || n == 0) return;
+    Scratch scratch;
+    // two rows of B are one of pairs, as far from the next one as b_row floats
+    const Operands o{m, n, a, {reinterpret_cast<const float*>(b), b_row, 1}, epilogue, c, row, b_row};
+    few_rows(o, matrix_sweep(m, k, a.row, a.column, row, scratch).list[0], scratch);
+}
+#endif
 
 }  // namespace hpctrain::HPCTRAIN_ISA

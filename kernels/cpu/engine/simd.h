@@ -34,7 +34,12 @@ constexpr int MAX_TILE_ROWS = 8;
 
 typedef float V __attribute__((vector_size(4 * W)));
 
+#ifdef HPCTRAIN_PAIRS
+// Here what stands for a float in either factor is a pair of bfloat16, and products are those of pairs, summed.
+inline V set(float value) { return _mm512_set1_ps(value); }
+#else
 inline V set(float value) { return value - V{}; }
+#endif
 
 inline V load(const float* p) {
     V v;
@@ -44,8 +49,26 @@ inline V load(const float* p) {
 
 inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// The number at p, in all places. Pairs lie at any even address.
+inline V broadcast(const float* p) {
+    float value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return set(value);
+}
+
+#ifdef HPCTRAIN_PAIRS
+inline V fma(V a, V b, V c) { return _mm512_dpbf16_ps(c, __m512bh(a), __m512bh(b)); }
+#else
 // Contracted to one instruction where there is one (-ffp-contract=fast).
 inline V fma(V a, V b, V c) { return a * b + c; }
+#endif
+
+// slope * v where v <= 0, NaN staying; of slope 0 there comes 0 even from -infinity.
+inline V rectified(V v, float slope) {
+    if (slope == 1) return v;
+    const V below = slope == 0 ? V{} : slope * v;
+    return v <= 0 ? below : v;
+}
 
 // The first n <= W floats, zeros beyond. Touches no other memory.
 inline V load(const float* p, int n) {

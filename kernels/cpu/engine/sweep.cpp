@@ -82,14 +82,13 @@ void compute(const Product& p, const Panels& panels, const Unit& unit) {
     for (Index block = 0; block < unit.sweep->block_count; ++block) {
         for (Index q = unit.first_panel; q < unit.last_panel; ++q) {
             const Index column = panels.first(q) * W;
-            const float* bias = p.bias && block == 0 ? p.bias + unit.group * p.width + column : nullptr;
-            const bool add = p.accumulate || block > 0;
+            const Target target = target_of(p.epilogue, unit.group * p.width + column, block, unit.sweep->block_count);
             with_vectors(panels.size(q), [&](auto vectors) {
                 constexpr int N = decltype(vectors)::count, M = tile_rows(N);
                 for (Index i = 0; i < unit.count; i += M) {
                     tile<N>(rows.a + i, rows.c + i, column, unit.sweep->blocks[block], p.step,
                             packed + column * p.depth,
-                            Target{int(least(M, unit.count - i)), panels.tail(q), add, bias});
+                            target.of(int(least(M, unit.count - i)), panels.tail(q)));
                 }
             });
         }
@@ -117,7 +116,7 @@ inline void channel_tile(const float* const* a, float* const* c, Index column, R
         V sum = sums[r];
         if (target.bias) sum += bias;
         if (target.add) sum += load(place, n);
-        store(place, sum, n);
+        store(place, rectified(sum, target.slope), n);
     }
 }
 
@@ -128,9 +127,9 @@ void compute_channels(const Product& p, const Panels& vectors, const Unit& unit)
         for (Index block = 0; block < unit.sweep->block_count; ++block) {
             for (Index v = unit.first_panel; v < unit.last_panel; ++v) {
                 const int n = int(least(W, p.width - v * W));
-                const float* bias = p.bias && block == 0 ? p.bias + v * W : nullptr;
+                const Target target = target_of(p.epilogue, v * W, block, unit.sweep->block_count).of(count, n);
                 channel_tile(rows.a + i, rows.c + i, v * W, unit.sweep->blocks[block], p.packed + v * W,
-                             vectors.vectors * W, Target{count, n, p.accumulate || block > 0, bias});
+                             vectors.vectors * W, target);
             }
         }
     }

@@ -5,7 +5,7 @@
 
 namespace hpctrain::HPCTRAIN_ISA {
 
-// For each group and each of its sweeps: C = sums of A * B [+ bias] [+ C].
+// For each group and each of its sweeps: C = epilogue(sums of A * B).
 struct Product {
     Sweeps sweeps;
     Index step;  // in A, between the terms of a run
@@ -14,8 +14,7 @@ struct Product {
     const float* packed;
     Index depth, width;                      // rows and columns of packed B, of one group
     Index groups, a_group = 0, c_group = 0;  // how far one group lies from the next in A and C
-    const float* bias = nullptr;
-    bool accumulate = false;
+    Epilogue epilogue = {};
 };
 void multiply(const Product&);
 

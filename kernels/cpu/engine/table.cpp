@@ -8,8 +8,14 @@
 
 namespace hpctrain::HPCTRAIN_ISA {
 
+constexpr Products PRODUCTS = {packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm};
+
+#ifdef HPCTRAIN_PAIRS
+const Pairs PAIRS = {PRODUCTS, pair, pad, gemm_unpaired};
+#else
 const Engine ENGINE = {
-    HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, packed_size, pack, packed_dx_size, pack_dx, conv, conv_dx, conv_dw, gemm, use_threads,
+    PRODUCTS, HPCTRAIN_NAME(HPCTRAIN_ISA), &WINOGRAD, nullptr, widen, narrow, add, use_threads,
 };
+#endif
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "plan.h"
-#include "simd.h"
+#include "bf16_simd.h"
 
 namespace hpctrain::HPCTRAIN_ISA {
 
@@ -44,7 +44,29 @@ struct Target {
     int rows, tail;
     bool add;           // to what stands there
     const float* bias;  // of the first column; may be null
+    float slope = 1;    // of what is <= 0
+
+    Target of(int some_rows, int some_columns) const { return {some_rows, some_columns, add, bias, slope}; }
 };
+
+// How block `block` of `blocks` of the terms goes into columns from `column` on: the first one adds the bias, the last
+// one is rectified. Rows and columns are left open.
+inline Target target_of(const Epilogue& e, Index column, Index block, Index blocks) {
+    return {0, 0, e.accumulate || block > 0, e.bias && block == 0 ? e.bias + column : nullptr,
+            block + 1 == blocks ? e.slope : 1};
+}
+
+// One row of `columns` columns of B.
+#ifdef HPCTRAIN_PAIRS
+// `other`: where the second bfloat16 of each pair lies, in bfloat16; 0 if beside the first one, as in C.
+inline V load_row(const float* from, int columns, Index other) {
+    if (other == 0) return columns == W ? load(from) : load(from, columns);
+    const Bf16* low = reinterpret_cast<const Bf16*>(from);
+    return paired(low, low + other, columns);
+}
+#else
+inline V load_row(const float* from, int columns, Index) { return columns == W ? load(from) : load(from, columns); }
+#endif
 
 // What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing,
 // or to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
@@ -58,6 +80,7 @@ struct Copy {
     float* to;
     Index to_step, left;
     int columns;
+    Index other = 0;
 
     void step() {
         constexpr int EARLY = 40;  // terms: more than the time that memory takes
@@ -65,7 +88,10 @@ struct Copy {
         --left;
         __builtin_prefetch(from + EARLY * from_step, 0, 2);
         __builtin_prefetch(from + EARLY * from_step + W - 1, 0, 2);  // rows may lie across two cache lines
-        store(to, columns == W ? load(from) : load(from, columns));
+#ifdef HPCTRAIN_PAIRS
+        if (other) __builtin_prefetch(reinterpret_cast<const Bf16*>(from + EARLY * from_step) + other, 0, 2);
+#endif
+        store(to, load_row(from, columns, other));
         from += from_step;
         to += to_step;
     }
@@ -89,13 +115,13 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             for (int j = 0; j < N; ++j) columns[j] = load(b + j * W);
 #pragma GCC unroll 8
             for (int r = 0; r < M; ++r) {
-                const V factor = set(rows[r][at]);
+                const V factor = broadcast(rows[r] + at);
 #pragma GCC unroll 8
                 for (int j = 0; j < N; ++j) sums[r][j] = fma(factor, columns[j], sums[r][j]);
             }
         }
     }
-    if (target.rows == M && target.tail == W && !target.bias) {  // nearly always: no question asked in between
+    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {  // nearly always: no question asked in between
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
             float* place = c[r] + column;
@@ -115,6 +141,7 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             V sum = sums[r][j];
             if (target.bias) sum += n == W ? load(target.bias + j * W) : load(target.bias + j * W, n);
             if (target.add) sum += n == W ? load(place) : load(place, n);
+            sum = rectified(sum, target.slope);
             n == W ? store(place, sum) : store(place, sum, n);
         }
     }

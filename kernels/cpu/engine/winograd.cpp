@@ -1,7 +1,7 @@
 // Which convolutions Winograd computes, and which of them faster.
 #include "winograd.h"
 
-#include "winograd_blocks.h"
+#include "winograd_phases.h"
 
 namespace hpctrain::HPCTRAIN_ISA {
 
@@ -36,6 +36,16 @@ double cost(const Convolution& c, Index terms, Index results) {
     return operations(c, best_edge(c), terms, results) / (EFFICIENCY * direct);
 }
 
+// Times of the transforms: those of the planes of x are more than one per output here.
+double cost_of_phases(const Convolution& strided) {
+    const Convolution c = Phases(strided).c;
+    const int edge = best_edge(c);
+    const double more = double((c.input[0] - 1) * (edge + 1) * ceil_div(c.channels, W) * edge * edge);
+    const double direct = double(c.samples * c.output[1] * c.output[2] * strided.taps() * strided.channels) *
+                          double(ceil_div(c.filters, W));
+    return (operations(c, edge, c.channels, c.filters) + more * double(Tiles(c, edge, {}).count())) / (0.8 * direct);
+}
+
 }  // namespace
 
 int best_edge(const Convolution& c) {
@@ -47,8 +57,13 @@ int best_edge(const Convolution& c) {
 }  // namespace winograd
 
 double winograd_cost(const Convolution& c) { return winograd::cost(c, c.channels, c.filters); }
+bool winograd_strided(const Convolution& c) {
+    return winograd::Phases::fits(c) && winograd::cost_of_phases(c) < 1;
+}
 double winograd_cost_dx(const Convolution& c) { return winograd::cost(c, c.filters, c.channels); }
 
-const Winograd WINOGRAD = {winograd_fits, winograd_cost, winograd_cost_dx, winograd_conv, winograd_dx, winograd_dw};
+const Winograd WINOGRAD = {
+    winograd_fits, winograd_cost, winograd_cost_dx, winograd_strided, winograd_conv, winograd_dx, winograd_dw,
+};
 
 }  // namespace hpctrain::HPCTRAIN_ISA

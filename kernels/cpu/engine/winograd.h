@@ -26,9 +26,10 @@ struct Winograd {
     // Their time relative to that of a direct convolution in float, about; `cost` for y and dw, `cost_dx` for dx.
     double (*cost)(const Convolution&);
     double (*cost_dx)(const Convolution&);
+    // Whether `conv` and `conv_dw` can compute this convolution too, which has a stride, and faster.
+    bool (*strided)(const Convolution&);
 
-    void (*conv)(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
-                 TileAnchor);
+    void (*conv)(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
     void (*conv_dx)(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
     void (*conv_dw)(const Convolution&, const float* x, const float* dy, float* dw, TileAnchor);
 };
@@ -50,10 +51,10 @@ namespace HPCTRAIN_ISA {
 bool winograd_fits(const Convolution&);
 double winograd_cost(const Convolution&);
 double winograd_cost_dx(const Convolution&);
+bool winograd_strided(const Convolution&);
 
 // --- winograd_conv.cpp ---
-void winograd_conv(const Convolution&, const float* x, const float* w, const float* bias, bool accumulate, float* y,
-                   TileAnchor);
+void winograd_conv(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
 void winograd_dx(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
 
 // --- winograd_dw.cpp ---

@@ -1,7 +1,7 @@
 // y and dx: tiles are transformed, multiplied with transformed weights, and transformed back, block by block.
 #include "scratch.h"
 #include "threads.h"
-#include "winograd_blocks.h"
+#include "winograd_phases.h"
 #include "winograd_weights.h"
 
 namespace hpctrain::HPCTRAIN_ISA {
@@ -23,8 +23,7 @@ struct Forward : Pass {
     Image<const float> x;
     Filters<const float> w;
     Image<float> y;
-    const float* bias;
-    bool accumulate;
+    Epilogue epilogue;
 
     void read(const Block& block, const Matrices& to, Index begin, Index end) const {
         read_tiles<Input<EDGE>>(x, tiles, block, to, begin, end);
@@ -33,7 +32,7 @@ struct Forward : Pass {
         pack_filters<KERNEL, EDGE>(w, first, width, begin, end, to, point);
     }
     void write(const Block& block, const Matrices& from, Index first, Index last, const Seam&) const {
-        write_outputs<KERNEL, EDGE>(y, tiles, block, from, first, last, bias, accumulate);
+        write_outputs<KERNEL, EDGE>(y, tiles, block, from, first, last, epilogue);
     }
     // tiles of y do not overlap
     Index seam_floats() const { return 0; }
@@ -200,15 +199,15 @@ void compute(const P& pass) {
 }
 
 template <int KERNEL, int EDGE>
-void forward(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
-             TileAnchor anchor) {
+void forward(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
+             TileAnchor anchor, Index complete, Index lacked) {
+    const float* bias = epilogue.bias;
     for (Index g = 0; g < c.groups; ++g) {
         compute(Forward<KERNEL, EDGE>{{Tiles(c, EDGE, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
-                                {x + g * c.channels, c.x, c.input, c.channels},
+                                {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
                                 {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
                                 {y + g * c.filters, c.y, c.output, c.filters},
-                                bias ? bias + g * c.filters : nullptr,
-                                accumulate});
+                                {bias ? bias + g * c.filters : nullptr, epilogue.accumulate, epilogue.slope}});
     }
 }
 
@@ -226,10 +225,25 @@ void backward(const Convolution& c, const float* dy, const float* w, float* dx, 
 }  // namespace
 }  // namespace winograd
 
-void winograd_conv(const Convolution& c, const float* x, const float* w, const float* bias, bool accumulate, float* y,
+void winograd_conv(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
                    TileAnchor anchor) {
-    winograd::with_scheme(c, anchor, [&](auto scheme) {
-        winograd::forward<scheme.KERNEL, scheme.EDGE>(c, x, w, bias, accumulate, y, anchor);
+    using namespace winograd;
+    if (c.stride[1] > 1) {
+        const Phases phases(c);
+        Scratch scratch;
+        float* copy = scratch.array<float>(phases.weights());
+        __builtin_memset(copy, 0, size_t(phases.weights()) * sizeof(float));
+        phases.each_tap(c, [&](Index from, Index to) {
+            for (Index i = 0; i < c.channels * c.filters; ++i)
+                copy[to + i] = w[from + i / c.filters * c.w[3] + i % c.filters];
+        });
+        with_scheme(phases.c, anchor, [&](auto scheme) {
+            forward<scheme.KERNEL, scheme.EDGE>(phases.c, x, copy, epilogue, y, anchor, phases.complete, phases.lacked);
+        });
+        return;
+    }
+    with_scheme(c, anchor, [&](auto scheme) {
+        forward<scheme.KERNEL, scheme.EDGE>(c, x, w, epilogue, y, anchor, c.input[0], 0);
     });
 }
 

@@ -1,7 +1,7 @@
 // dw: the products of transformed tiles of x and dy, summed over all tiles, and transformed back once.
 #include "scratch.h"
 #include "threads.h"
-#include "winograd_blocks.h"
+#include "winograd_phases.h"
 #include "winograd_weights.h"
 
 namespace hpctrain::HPCTRAIN_ISA {
@@ -147,10 +147,11 @@ void compute(const WeightGradient<KERNEL, EDGE>& g) {
 }
 
 template <int KERNEL, int EDGE>
-void backward(const Convolution& c, const float* x, const float* dy, float* dw, TileAnchor anchor) {
+void backward(const Convolution& c, const float* x, const float* dy, float* dw, TileAnchor anchor, Index complete,
+              Index lacked) {
     for (Index g = 0; g < c.groups; ++g) {
         compute(WeightGradient<KERNEL, EDGE>{Tiles(c, EDGE, anchor),
-                                       {x + g * c.channels, c.x, c.input, c.channels},
+                                       {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
                                        {dy + g * c.filters, c.y, c.output, c.filters},
                                        {dw + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])}});
     }
@@ -160,8 +161,22 @@ void backward(const Convolution& c, const float* x, const float* dy, float* dw, 
 }  // namespace winograd
 
 void winograd_dw(const Convolution& c, const float* x, const float* dy, float* dw, TileAnchor anchor) {
-    winograd::with_scheme(c, anchor, [&](auto scheme) {
-        winograd::backward<scheme.KERNEL, scheme.EDGE>(c, x, dy, dw, anchor);
+    using namespace winograd;
+    if (c.stride[1] > 1) {
+        const Phases phases(c);
+        Scratch scratch;
+        float* copy = scratch.array<float>(phases.weights());
+        with_scheme(phases.c, anchor, [&](auto scheme) {
+            backward<scheme.KERNEL, scheme.EDGE>(phases.c, x, dy, copy, anchor, phases.complete, phases.lacked);
+        });
+        phases.each_tap(c, [&](Index to, Index from) {
+            for (Index i = 0; i < c.channels * c.filters; ++i)
+                dw[to + i / c.filters * c.w[3] + i % c.filters] = copy[from + i];
+        });
+        return;
+    }
+    with_scheme(c, anchor, [&](auto scheme) {
+        backward<scheme.KERNEL, scheme.EDGE>(c, x, dy, dw, anchor, c.input[0], 0);
     });
 }
 

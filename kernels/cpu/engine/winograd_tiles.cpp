@@ -21,19 +21,20 @@ inline void each_vector(const Matrices& from, Index first, Index last, Index row
 
 template <int KERNEL, int EDGE>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
-                   Index last, const float* bias, bool accumulate) {
+                   Index last, const Epilogue& epilogue) {
     for (Index row = 0; row < block.rows(); ++row) {
         const Place place = tiles.place(block.column + row % block.columns);
         const Patch<float, outputs_of(KERNEL, EDGE)> patch(y, place, block.plane + row / block.columns);
         const bool whole = patch.whole();
         each_vector<EDGE>(from, first, last, row, [&](auto read, Index channel) {
             with_lanes(y.channels - channel, whole, [&](auto lanes, auto all) {
-                const V offset = bias ? lanes.read(bias + channel) : V{};
+                const V offset = epilogue.bias ? lanes.read(epilogue.bias + channel) : V{};
                 both_dims<Output<KERNEL, EDGE>>(read, [&](int i, int j, V v) {
                     if (!all && !patch.has(i, j)) return;
                     float* at = patch.at(i, j) + channel;
                     v += offset;
-                    lanes.write(at, accumulate ? v + lanes.read(at) : v);
+                    if (epilogue.accumulate) v += lanes.read(at);
+                    lanes.write(at, rectified(v, epilogue.slope));
                 });
             });
         });
@@ -66,7 +67,7 @@ void write_input_gradients(const Image<float>& dx, const Tiles& tiles, const Blo
     }
 }
 
-using Outputs = void(const Image<float>&, const Tiles&, const Block&, const Matrices&, Index, Index, const float*, bool);
+using Outputs = void(const Image<float>&, const Tiles&, const Block&, const Matrices&, Index, Index, const Epilogue&);
 using Gradients = void(const Image<float>&, const Tiles&, const Block&, const Matrices&, Index, Index, const Seam&);
 template Outputs write_outputs<3, 4>;
 template Outputs write_outputs<3, 6>;

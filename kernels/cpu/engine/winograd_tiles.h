@@ -6,13 +6,14 @@
 
 namespace hpctrain::HPCTRAIN_ISA::winograd {
 
-// An array (N, D, H, W, C) of which T is float or const float.
+// An array (N, D, H, W, C) of which T is float or const float. Planes from `complete` on lack the last row, and the last
+// column of all lacks its last channels: zeros.
 template <class T>
 struct Image {
     T* data;
     Strides stride;
     Sizes extent;
-    Index channels;
+    Index channels, complete = extent[0], lacked = 0;
 };
 
 // Where tile `column` of the plane lies: its sample, its first row and column, and whether others lie above and left.
@@ -55,7 +56,7 @@ template <class T, int EDGE>
 struct Patch {
     T* data;
     Index first, row_step, col_step;  // first: offset of the tile's first element, which need not exist
-    int top, bottom, left, right;
+    int top, bottom, left, right, ragged;  // ragged: the column that lacks channels
 
     Patch(const Image<T>& image, const Place& place, Index plane)
         : data(image.data),
@@ -64,12 +65,13 @@ struct Patch {
           row_step(image.stride[2]),
           col_step(image.stride[3]),
           top(int(clip(-place.row, 0, EDGE))),
-          bottom(int(clip(image.extent[1] - place.row, top, EDGE))),
+          bottom(int(clip(image.extent[1] - (plane >= image.complete) - place.row, top, EDGE))),
           left(int(clip(-place.col, 0, EDGE))),
-          right(int(clip(image.extent[2] - place.col, left, EDGE))) {
+          right(int(clip(image.extent[2] - place.col, left, EDGE))),
+          ragged(image.lacked && image.extent[2] - place.col <= EDGE ? right - 1 : EDGE) {
         if (plane < 0 || plane >= image.extent[0]) bottom = top;
     }
-    bool whole() const { return top == 0 && left == 0 && bottom == EDGE && right == EDGE; }
+    bool whole() const { return top == 0 && left == 0 && bottom == EDGE && right == EDGE && ragged == EDGE; }
     bool empty() const { return top == bottom || left == right; }
     bool has(int i, int j) const { return i >= top && i < bottom && j >= left && j < right; }
     T* at(int i, int j) const { return data + (first + i * row_step + j * col_step); }
@@ -122,7 +124,11 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
                 }
                 with_lanes(image.channels - channel, whole, [&](auto lanes, auto all) {
                     both_dims<Transform>([&](int f, int g) {
-                        return all || patch.has(f, g) ? lanes.read(patch.at(f, g) + channel) : V{};
+                        if (all) return lanes.read(patch.at(f, g) + channel);
+                        if (!patch.has(f, g)) return V{};
+                        if (g < patch.ragged) return lanes.read(patch.at(f, g) + channel);
+                        return load(patch.at(f, g) + channel,
+                                    int(clip(image.channels - image.lacked - channel, 0, W)));
                     }, write);
                 });
             }
@@ -130,11 +136,10 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
     }
 }
 
-// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL, + bias (may be null),
-// + what stands there if `accumulate`.
+// The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL.
 template <int KERNEL, int EDGE>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
-                   Index last, const float* bias, bool accumulate);
+                   Index last, const Epilogue&);
 
 // Rows of an image, from `row` of `sample` on, that another thread writes to: here go this one's shares.
 struct Seam {
