@@ -83,7 +83,7 @@ Convolution part_of(const Convolution& c, int dim, Index samples, Index first, I
 }
 
 const Winograd* faster(const Engine& e, const Convolution& c, bool exact) {
-    return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
+    return !exact && e.winograd->fits(c) && e.winograd->cost(c) < 1 ? e.winograd : nullptr;
 }
 
 // The instructions for pairs of bfloat16, where they serve for sums over `channels` of each group.
