@@ -1,5 +1,7 @@
 // Average pooling. Both directions are sums in double over what one element reads, in C order: the gradient of an
 // element is gathered from the windows that hold it, so that threads never write to the same one.
+#include <vector>
+
 #include "sampling.h"
 #include "spans.h"
 
@@ -25,18 +27,24 @@ struct Span {
     Index begin, end;
 };
 
-// The outputs along a dim whose windows hold input i.
-HPCTRAIN_INLINE Span holders(Index i, Index kernel, Index stride, Index outputs) {
-    const Index begin = i < kernel ? 0 : (i - kernel) / stride + 1;
-    return {begin, std::min(i / stride + 1, outputs)};
+// For each input along dim d, the outputs whose windows hold it.
+std::vector<Span> holders(const AveragePool& p, size_t d) {
+    std::vector<Span> found;
+    for (Index i = 0; i < p.input[d]; ++i) {
+        const Index begin = i < p.kernel[d] ? 0 : (i - p.kernel[d]) / p.stride[d] + 1;
+        found.push_back({begin, std::max(begin, std::min(i / p.stride[d] + 1, p.output[d]))});
+    }
+    return found;
 }
 
-// Outputs [begin, end) along the width, of the line of windows whose first element is *x.
+// The line of outputs along the width whose first window begins at *x.
 template <class S, class A>
 HPCTRAIN_CLONES void pool_line(const AveragePool& p, const S* x, S* out, const A* divisor) {
-    for (Index first = 0; first < p.channels; first += TILE) {
-        const Index n = std::min(p.channels - first, TILE);
-        for (Index o = 0; o < p.output[2]; ++o) {
+    for (Index o = 0; o < p.output[2]; ++o) {
+        const A* by = divisor + o * p.divisor[3];
+        const double inverse = 1 / wide(*by);
+        for (Index first = 0; first < p.channels; first += TILE) {
+            const Index n = std::min(p.channels - first, TILE);
             double sum[TILE];
             for (Index c = 0; c < n; ++c) sum[c] = 0;
             const S* window = x + o * p.stride[2] * p.x[3] + first;
@@ -47,32 +55,38 @@ HPCTRAIN_CLONES void pool_line(const AveragePool& p, const S* x, S* out, const A
                 }
             }
             S* to = out + o * p.y[3] + first;
-            const A* by = divisor + o * p.divisor[3];
             if (p.divisor[4] == 0) {
-                const double inverse = 1 / wide(*by);
                 for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c] * inverse);
             } else {
-                for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c] / wide(by[(first + c) * p.divisor[4]]));
+                for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c] / wide(by[first + c]));
             }
         }
     }
 }
 
-// The gradient of line (depth, height) of a sample, whose first outputs are *dy and *divisor.
+// One line of inputs along the width, whose first element is *out, held by these windows; dy and divisor begin with
+// the sample's.
 template <class S, class A>
-HPCTRAIN_CLONES void gradient_line(const AveragePool& p, Index depth, Index height, const S* dy, S* out,
-                                   const A* divisor) {
-    const Span in_depth = holders(depth, p.kernel[0], p.stride[0], p.output[0]);
-    const Span in_height = holders(height, p.kernel[1], p.stride[1], p.output[1]);
-    for (Index i = 0; i < p.input[2]; ++i) {
-        const Span in_width = holders(i, p.kernel[2], p.stride[2], p.output[2]);
+HPCTRAIN_CLONES void gradient_line(const AveragePool& p, Span depth, Span height, const Span* width, const S* dy,
+                                   S* out, const A* divisor) {
+    const bool one = depth.end - depth.begin == 1 && height.end - height.begin == 1 && p.divisor[4] == 0;
+    for (Index i = 0; i < p.input[2]; ++i, out += p.x[3]) {
+        if (one && width[i].end - width[i].begin == 1) {  // windows that do not overlap
+            const Index w = width[i].begin;
+            const S* from = dy + depth.begin * p.y[1] + height.begin * p.y[2] + w * p.y[3];
+            const double inverse =
+                1 / wide(divisor[depth.begin * p.divisor[1] + height.begin * p.divisor[2] + w * p.divisor[3]]);
+#pragma GCC ivdep
+            for (Index c = 0; c < p.channels; ++c) out[c] = narrow<S>(inverse * wide(from[c]));
+            continue;
+        }
         for (Index first = 0; first < p.channels; first += TILE) {
             const Index n = std::min(p.channels - first, TILE);
             double sum[TILE];
             for (Index c = 0; c < n; ++c) sum[c] = 0;
-            for (Index d = in_depth.begin; d < in_depth.end; ++d) {
-                for (Index h = in_height.begin; h < in_height.end; ++h) {
-                    for (Index w = in_width.begin; w < in_width.end; ++w) {
+            for (Index d = depth.begin; d < depth.end; ++d) {
+                for (Index h = height.begin; h < height.end; ++h) {
+                    for (Index w = width[i].begin; w < width[i].end; ++w) {
                         const S* from = dy + d * p.y[1] + h * p.y[2] + w * p.y[3] + first;
                         const A* by = divisor + d * p.divisor[1] + h * p.divisor[2] + w * p.divisor[3];
                         if (p.divisor[4] == 0) {
@@ -83,8 +97,7 @@ HPCTRAIN_CLONES void gradient_line(const AveragePool& p, Index depth, Index heig
                     }
                 }
             }
-            S* to = out + i * p.x[3] + first;
-            for (Index c = 0; c < n; ++c) to[c] = narrow<S>(sum[c]);
+            for (Index c = 0; c < n; ++c) out[first + c] = narrow<S>(sum[c]);
         }
     }
 }
@@ -113,8 +126,9 @@ void avg_pool(const AveragePool& p, const S* x, S* out, const Real<S>* divisor) 
 
 template <class S>
 void avg_pool_dx(const AveragePool& p, const S* dy, S* out, const Real<S>* divisor) {
+    const std::vector<Span> depth = holders(p, 0), height = holders(p, 1), width = holders(p, 2);
     by_lines(p.samples, p.input, p.input[2] * p.channels, [&](Index n, Index d, Index h) {
-        gradient_line(p, d, h, dy + n * p.y[0], out + n * p.x[0] + d * p.x[1] + h * p.x[2],
+        gradient_line(p, depth[size_t(d)], height[size_t(h)], width.data(), dy + n * p.y[0], out + n * p.x[0] + d * p.x[1] + h * p.x[2],
                       divisor + n * p.divisor[0]);
     });
 }

@@ -1,5 +1,5 @@
-// Softmax cross-entropy, its gradient, and how many labels have the largest logit. Computed in double for every storage
-// type; a sample's positions are added in order, in parts whose size depends on the number of classes alone.
+// Softmax cross-entropy, its gradient, and how many labels have the largest logit; sums in double. A sample's positions
+// are added in order, in parts whose size depends on the number of classes alone.
 #include <vector>
 
 #include "losses.h"
@@ -62,14 +62,42 @@ HPCTRAIN_CLONES void gradient(Index rows, Index classes, const A* p, Index p_ste
     }
 }
 
-// The first of the largest; NaN is larger than any number.
+// How many of the rows have at their label the first of their largest logits, where NaN is larger than any number.
 template <class S>
-Index largest(Index classes, const S* x) {
+HPCTRAIN_CLONES Index correct(Index rows, Index classes, const S* x, Index x_step, const Index* label) {
     Index found = 0;
-    for (Index k = 1; k < classes; ++k) {
-        const double value = wide(x[k]), best = wide(x[found]);
-        if (value > best || (value != value && best == best)) found = k;
+    for (Index r = 0; r < rows; ++r, x += x_step) {
+        const int at = int(label[r]);
+        if (label[r] < 0 || label[r] >= classes) continue;
+        const auto best = load(x[at]);
+        int beaten = 0;
+        if (best == best) {
+            for (int k = 0; k < at; ++k) beaten += !(load(x[k]) < best);
+            for (int k = at + 1; k < int(classes); ++k) beaten += !(load(x[k]) <= best);
+        } else {
+            for (int k = 0; k < at; ++k) beaten += load(x[k]) != load(x[k]);
+        }
+        found += beaten == 0;
     }
+    return found;
+}
+
+// The same of rows of few classes, side by side.
+template <class S>
+HPCTRAIN_CLONES Index correct_narrow(Index rows, Index classes, const S* x, Index x_step, const Index* label) {
+    using E = Real<S>;
+    alignas(64) E largest[ROWS], value[ROWS];
+    int first[ROWS], found = 0;
+    for (Index r = 0; r < rows; ++r) largest[r] = load(x[r * x_step]), first[r] = 0;
+    for (int k = 1; k < int(classes); ++k) {
+        for (Index r = 0; r < rows; ++r) value[r] = load(x[r * x_step + k]);
+        for (Index r = 0; r < rows; ++r) {
+            const bool nan = (value[r] != value[r]) & (largest[r] == largest[r]), better = (value[r] > largest[r]) | nan;
+            largest[r] = better ? value[r] : largest[r];
+            first[r] = better ? k : first[r];
+        }
+    }
+    for (Index r = 0; r < rows; ++r) found += Index(first[r]) == label[r];
     return found;
 }
 
@@ -173,13 +201,13 @@ void label_scores(const Samples<2>& samples, Index classes, const S* logits, con
     std::vector<Sums> sums(size_t(samples.count * each));
     by_rows(samples, classes, labels, [&](Index, Index task, Index rows, auto& at, auto& step, const Index* label) {
         double* sum = sums[size_t(task)].of;
-        const S* x = logits + at[0];
-        for (Index r = 0; r < rows; ++r, x += step[0]) {
+        for (Index r = 0; r < rows; ++r) {
             if (!counts(label[r], classes)) continue;
             sum[0] += wide(weight[label[r]]);
-            sum[1] += largest(classes, x) == label[r];
             sum[2] += 1;
         }
+        const auto count = classes <= NARROW ? correct_narrow<S> : correct<S>;
+        if (classes > 0) sum[1] += double(count(rows, classes, logits + at[0], step[0], label));
     });
     for (Index n = 0; n < samples.count; ++n) {
         Sums total;

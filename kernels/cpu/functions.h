@@ -1,4 +1,4 @@
-// Elementary functions in double, to a few units in the last place. Not those of the C library: these are the same
+// Elementary functions, in double unless it says float, to a few units in the last place. Not those of the C library: these are the same
 // operations on every machine, and free of branches and calls, so that loops over them become vector instructions.
 #pragma once
 
@@ -67,6 +67,42 @@ HPCTRAIN_INLINE double log1p_unit(double x) {
                                  1.0 / 19, 1.0 / 21, 1.0 / 23, 1.0 / 25, 1.0 / 27, 1.0 / 29, 1.0 / 31, 1.0 / 33};
     const double s = x / (2 + x);
     return 2 * s * polynomial(1, ARTANH, s * s);
+}
+
+// The same to a few units in the last place of a float. Below -87, close to the smallest normal number, it is 0.
+HPCTRAIN_INLINE float exp_negative(float x) {
+    constexpr float LOWEST = -87, INTEGER = 0x1.8p23f, LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
+    const float near = x < LOWEST ? LOWEST : x;
+    const float shifted = near * 1.44269504f + INTEGER;
+    const float k = shifted - INTEGER;
+    const float y = (near - k * LN2_HIGH) - k * LN2_LOW;
+    std::uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    scale = x < LOWEST ? 0 : scale;
+    float rest = 1.0f / 5040;
+    rest = rest * y + 1.0f / 720;
+    rest = rest * y + 1.0f / 120;
+    rest = rest * y + 1.0f / 24;
+    rest = rest * y + 1.0f / 6;
+    rest = rest * y + 1.0f / 2;
+    rest = rest * y + 1;
+    return scale + scale * (rest * y);
+}
+
+// log(1 + x) for 0 <= x <= 1, in float.
+HPCTRAIN_INLINE float log1p_unit(float x) {
+    const float s = x / (2 + x), square = s * s;
+    float sum = 1.0f / 15;
+    sum = sum * square + 1.0f / 13;
+    sum = sum * square + 1.0f / 11;
+    sum = sum * square + 1.0f / 9;
+    sum = sum * square + 1.0f / 7;
+    sum = sum * square + 1.0f / 5;
+    sum = sum * square + 1.0f / 3;
+    return 2 * s + 2 * s * (sum * square);
 }
 
 // log(x) for 1 <= x < infinity, NaN of what is not finite: of the exponent, and of a mantissa between sqrt(1/2) and

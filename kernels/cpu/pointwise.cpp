@@ -1,4 +1,4 @@
-// Losses that are a sum over elements, and their gradients. Computed in double for every storage type.
+// Losses that are a sum over elements, in double, and their gradients.
 #include <vector>
 
 #include "losses.h"
@@ -35,14 +35,16 @@ struct Huber {
     }
 };
 
+// E is float where x is no more precise: functions in double would take most of the time.
+template <class E>
 struct Logistic {
     // small terms last: those of a right and certain prediction would be lost beside x
     HPCTRAIN_INLINE double value(double x, double t) const {
-        return ((x < 0 ? 0 : x) - t * x) + log1p_unit(exp_negative(-std::abs(x)));
+        return ((x < 0 ? 0 : x) - t * x) + double(log1p_unit(exp_negative(-std::abs(E(x)))));
     }
     HPCTRAIN_INLINE double slope(double x, double t) const {
-        const double e = exp_negative(-std::abs(x));
-        return (x > 0 ? 1 : e) / (1 + e) - t;
+        const E e = exp_negative(-std::abs(E(x)));
+        return double((x > 0 ? 1 : e) / (1 + e)) - t;
     }
 };
 
@@ -86,7 +88,7 @@ double value_span(F f, const Layout<2>& layout, Index begin, Index end, const S*
 }
 
 // work(f) for the loss of that kind.
-template <class Work>
+template <class S, class Work>
 void with(Loss kind, double delta, Work work) {
     switch (kind) {
         case Loss::squared:
@@ -96,7 +98,7 @@ void with(Loss kind, double delta, Work work) {
         case Loss::huber:
             return work(Huber{delta});
         case Loss::logistic:
-            return work(Logistic{});
+            return work(Logistic<Real<S>>{});
         case Loss::agreement:
             return work(Agreement{});
     }
@@ -109,7 +111,7 @@ void pointwise_loss(Loss kind, const Samples<2>& samples, const S* x, const S* t
                     double delta) {
     const Index size = samples.inside.size(), each = parts(size, TASK);
     std::vector<double> sums(size_t(samples.count * each));
-    with(kind, delta, [&](auto f) {
+    with<S>(kind, delta, [&](auto f) {
         in_tasks(samples.count * each, samples.count * size, [&](Index task) {
             const Index n = task / each, begin = task % each * TASK;
             sums[size_t(task)] = value_span(f, samples.inside, begin, std::min(size, begin + TASK),
@@ -127,7 +129,7 @@ template <class S>
 void pointwise_loss_dx(Loss kind, const Samples<3>& samples, const S* x, const S* target, const Real<S>* scale,
                        Index scale_step, S* out, double delta) {
     const Index size = samples.inside.size(), each = parts(size, TASK);
-    with(kind, delta, [&](auto f) {
+    with<S>(kind, delta, [&](auto f) {
         in_tasks(samples.count * each, samples.count * size, [&](Index task) {
             const Index n = task / each, begin = task % each * TASK;
             by_span(samples.inside, begin, std::min(size, begin + TASK), [&](Index count, auto& at) {

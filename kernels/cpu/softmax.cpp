@@ -1,4 +1,4 @@
-// Softmax over the classes of each position, and its gradient. Computed in double for every storage type.
+// Softmax over the classes of each position, and its gradient; sums in double.
 #include "losses.h"
 #include "softmax_rows.h"
 
