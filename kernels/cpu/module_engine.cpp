@@ -71,7 +71,7 @@ const float* bias_of(const char* name, const Bias& bias, Index columns) {
 
 // Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
 const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
-    return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
+    return !exact && e.winograd->fits(c) && e.winograd->cost(c) < 1 ? e.winograd : nullptr;
 }
 
 void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,

@@ -16,18 +16,18 @@ bool winograd_fits(const Convolution& c) {
 // Counts vector operations, as measured: a tile takes about 250 for the transforms of each vector of channels, on
 // either side, however many filters share them, and weights 400 for each vector of them, however many tiles there are.
 // So few channels, filters or tiles do not pay, nor do tiles that lie mostly outside of the outputs.
-bool winograd_pays(const Convolution& c) {
+double winograd_cost(const Convolution& c) {
     using namespace winograd;
-    constexpr double TILE = 250, KERNEL = 400, WORTH = 0.8;
+    constexpr double TILE = 250, KERNEL = 400, EFFICIENCY = 0.8;
     const Tiles tiles(c, {});
     const double products = double(c.kernel[0]) * double(c.channels) * double(c.filters) / W;
     const double transforms = TILE * double(ceil_div(c.channels, W) + ceil_div(c.filters, W));
     const double direct = double(c.kernel[1] * c.kernel[2] * c.output[1] * c.output[2]) * products;
     const double images = double(c.samples) * double(c.output[0]);
-    return images * double(tiles.down * tiles.across) * (POINTS * products + transforms) + KERNEL * products <
-           WORTH * images * direct;
+    const double operations = images * double(tiles.down * tiles.across) * (POINTS * products + transforms);
+    return (operations + KERNEL * products) / (EFFICIENCY * images * direct);
 }
 
-const Winograd WINOGRAD = {winograd_fits, winograd_pays, winograd_conv, winograd_dx, winograd_dw};
+const Winograd WINOGRAD = {winograd_fits, winograd_cost, winograd_conv, winograd_dx, winograd_dw};
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -21,8 +21,8 @@ struct TileAnchor {
 struct Winograd {
     // Whether the functions below can compute it.
     bool (*fits)(const Convolution&);
-    // Whether they are also faster than a direct convolution.
-    bool (*pays)(const Convolution&);
+    // Their time relative to that of a direct convolution in float, about.
+    double (*cost)(const Convolution&);
 
     void (*conv)(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
     void (*conv_dx)(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
@@ -44,7 +44,7 @@ namespace HPCTRAIN_ISA {
 
 // --- winograd.cpp ---
 bool winograd_fits(const Convolution&);
-bool winograd_pays(const Convolution&);
+double winograd_cost(const Convolution&);
 
 // --- winograd_conv.cpp ---
 void winograd_conv(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
