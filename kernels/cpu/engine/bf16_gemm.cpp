@@ -60,9 +60,9 @@ Matrix paired_factor(const Pairs& pairs, Bf16Matrix a, Index rows, Index k, Scra
     return {words, width, 1};
 }
 
-constexpr Index FEW_ROWS = 192;               // of A
-constexpr Index MUCH = Index(1) << 18;         // elements of B that are not to be copied at a time
-constexpr Index WIDE = 4096;                   // columns of B whose rows are read one after the other
+constexpr Index FEW_ROWS = 192;         // of A
+constexpr Index MUCH = Index(1) << 17;  // pairs of B that are made at a time
+constexpr Index WIDE = 2048;           // columns of B of which they are
 
 void gemm_in_pairs(const Pairs& pairs, Index m, Index n, Index k, Bf16Matrix a, Bf16Matrix b, const Epilogue& epilogue,
                    float* c, Index row) {
@@ -76,7 +76,7 @@ void gemm_in_pairs(const Pairs& pairs, Index m, Index n, Index k, Bf16Matrix a, 
         pairs.gemm(m, columns, (terms + 1) / 2, {left.data + first / 2 * left.column, left.row, left.column},
                    {right.data, right.column, right.row}, some, c + column, row);
     };
-    if (m > FEW_ROWS || n * k <= 2 * MUCH || b.column != 1) return product(0, k, 0, n, scratch);
+    if (m > FEW_ROWS || n * k <= 4 * MUCH || b.column != 1) return product(0, k, 0, n, scratch);
     for (Index column = 0; column < n; column += WIDE) {  // B is large: pairs are made of some rows at a time
         const Index columns = std::min(WIDE, n - column), terms = (MUCH / columns + 1) * 2;
         for (Index first = 0; first < k; first += terms) {

@@ -37,16 +37,20 @@ inline Rows w_rows(const Convolution& c) {
 
 inline Index size(const Rows& rows) { return rows.samples * positions(rows.extent) * rows.channels; }
 
+// Floats of x and of y, of one sample.
+inline Index x_floats(const Convolution& c) { return positions(c.input) * c.groups * c.channels; }
+inline Index y_floats(const Convolution& c) { return positions(c.output) * c.groups * c.filters; }
+
 // Some samples, or of one sample some rows along the first dim that has several.
 struct Cut {
     int dim;
     Index samples, rows;  // of a part, at most
 
-    // `extent`: of what is cut, the inputs or the outputs.
-    Cut(const Convolution& c, const Sizes& extent, bool winograd)
+    // `extent`: of what is cut, the inputs or the outputs; `copied`: floats that are copied per sample.
+    Cut(const Convolution& c, const Sizes& extent, Index copied, bool winograd)
         : dim(extent[0] > 1 ? 0 : extent[1] > 1 ? 1 : 2), samples(1), rows(extent[size_t(dim)]) {
         const Index channels = c.groups * c.channels, filters = c.groups * c.filters;
-        const Index sample = std::max<Index>(1, positions(c.input) * channels + positions(c.output) * filters);
+        const Index sample = std::max<Index>(1, copied);
         Index room = PART_FLOATS;
         if (winograd) room = std::max(room, PART_POSITIONS * (channels + filters));
         samples = std::max<Index>(1, room / sample);

@@ -6,7 +6,13 @@
 namespace hpctrain::HPCTRAIN_ISA {
 namespace {
 
-constexpr Index FEW_ROWS = 192, MUCH = 1 << 18;  // rows of A; floats of B that need not stay in the cache
+constexpr Index FEW_ROWS = 192;  // of A
+// Floats of B that need not stay in the cache.
+#ifdef HPCTRAIN_PAIRS
+constexpr Index MUCH = 1 << 15;  // parts of B are made just before
+#else
+constexpr Index MUCH = 1 << 18;
+#endif
 
 constexpr Index ROOM = (BLOCK_TERMS + 1) * TILE_VECTORS * W;  // of a packed block
 
