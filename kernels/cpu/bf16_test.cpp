@@ -150,7 +150,8 @@ void test(const Convolution& c, bool exact, std::mt19937& random) {
 
 void test_gemm(Index m, Index n, Index k, bool turn_a, bool turn_b, std::mt19937& random) {
     const Numbers a(m * k, random), b(k * n, random);
-    const Bf16Matrix left{a.data.get(), turn_a ? 1 : k, turn_a ? m : 1}, right{b.data.get(), turn_b ? 1 : n, turn_b ? k : 1};
+    const Bf16Matrix left{a.data.get(), turn_a ? 1 : k, turn_a ? m : 1};
+    const Bf16Matrix right{b.data.get(), turn_b ? 1 : n, turn_b ? k : 1};
     Numbers c(m * n, random);
     std::vector<float> bias(static_cast<size_t>(n), -0.5f), floats(static_cast<size_t>(m * n));
     Sums sums(m * n);

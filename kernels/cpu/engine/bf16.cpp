@@ -20,8 +20,8 @@ const float* widened(const Engine& e, const Rows& rows, const Bf16* from, Scratc
     return to;
 }
 
-// Winograd's tiles have 4 x 4 outputs of a kernel 3 x 3. Planes that are a little larger than whole tiles leave the rest
-// to products of pairs.
+// Winograd's tiles have 4 x 4 outputs of a kernel 3 x 3. Planes that are a little larger than whole tiles leave the
+// rest to products of pairs.
 constexpr Index TILE = 4;
 constexpr double STRIPS_TIME = 1.3 * PAIRS_TIME;
 
@@ -52,7 +52,8 @@ struct Regions {
 bool in_regions(const Engine& e, const Convolution& c, bool exact) {
     const Index h = c.output[1] / TILE * TILE, w = c.output[2] / TILE * TILE;
     if (exact || !e.winograd->fits(c) || c.kernel[0] != 1 || c.kernel[1] != 3 || h * w == 0) return false;
-    if ((h == c.output[1] && w == c.output[2]) || !in_pairs(e, c, c.channels) || !in_pairs(e, c, c.filters)) return false;
+    if (h == c.output[1] && w == c.output[2]) return false;
+    if (!in_pairs(e, c, c.channels) || !in_pairs(e, c, c.filters)) return false;
     const double part = double(h * w) / double(c.output[1] * c.output[2]);
     const double cost = part * e.winograd->cost(Regions(c).tiles.c) + (1 - part) * STRIPS_TIME;
     return cost < e.winograd->cost(c) && cost < PAIRS_TIME;
@@ -64,7 +65,8 @@ void conv_dx_in_regions(const Engine& e, const Convolution& c, const Bf16* dy, c
     const Pairs& pairs = *e.pairs;
     const Paired paired = pair_backward(pairs, c, w, scratch);
     const float* weights = widened(e, w_rows(c), w, scratch);
-    const Index channels = c.groups * c.channels, at_once = Cut(c, c.input, x_floats(c) + y_floats(c), true).samples;
+    const Index channels = c.groups * c.channels, sample = x_floats(c) + y_floats(c);
+    const Index at_once = Cut(c, c.input, sample, room_of(c, true)).samples;
     for (Index n = 0; n < c.samples; n += at_once, dy += at_once * c.y[0], dx += at_once * c.x[0]) {
         Scratch room;
         Convolution part = c;
@@ -96,7 +98,7 @@ void conv_dx_in_regions(const Engine& e, const Convolution& c, const Bf16* dy, c
 void conv_dw(const Convolution& c, const Bf16* x, const Bf16* dy, bool exact, float* dw, bool add) {
     const Engine& e = engine();
     const Winograd* winograd = faster(e, c, exact);
-    const Cut cut(c, c.output, x_floats(c) + y_floats(c), winograd);
+    const Cut cut(c, c.output, x_floats(c) + y_floats(c), room_of_dw(c, winograd));
     if (c.samples * positions(c.output) == 0 && !add) return e.conv_dw(c, nullptr, nullptr, dw);
     const Rows rows = w_rows(c);
     cut.each(c, c.output, [&, add](Index sample, Index samples, Index first, Index last) mutable {
@@ -137,7 +139,7 @@ void conv(const Convolution& c, const Bf16* x, const Bf16* w, const Epilogue& ep
     }
     const Winograd* winograd = faster(e, c, exact);
     const Pairs* pairs = winograd ? nullptr : in_pairs(e, c, c.channels);
-    const Cut cut(c, c.output, y_floats(c) + (pairs ? 0 : x_floats(c)), winograd);
+    const Cut cut(c, c.output, y_floats(c) + (pairs ? 0 : x_floats(c)), room_of(c, winograd));
     Scratch scratch;
     const Paired paired = pairs ? pair_forward(*pairs, c, w, scratch) : Paired{};
     const float* weights = pairs ? nullptr : widened(e, w_rows(c), w, scratch);
@@ -173,7 +175,7 @@ void conv_dx(const Convolution& c, const Bf16* dy, const Bf16* w, bool exact, Bf
     if (in_regions(e, c, exact)) return conv_dx_in_regions(e, c, dy, w, dx);
     const Winograd* winograd = faster(e, c, exact);
     const Pairs* pairs = winograd ? nullptr : in_pairs(e, c, c.filters);
-    const Cut cut(c, c.input, x_floats(c) + (pairs ? 0 : y_floats(c)), winograd);
+    const Cut cut(c, c.input, x_floats(c) + (pairs ? 0 : y_floats(c)), room_of(c, winograd), true);
     const size_t dim = size_t(cut.dim);
     Scratch scratch;
     const Paired paired = pairs ? pair_backward(*pairs, c, w, scratch) : Paired{};

@@ -7,7 +7,7 @@
 
 namespace hpctrain {
 
-constexpr Index PART_FLOATS = Index(1) << 19;  // of inputs and outputs that are converted at a time
+constexpr Index PART_FLOATS = Index(1) << 18;  // of arrays that are copied, at a time
 constexpr Index PART_POSITIONS = 2048;         // Winograd transforms the weights for each part anew
 constexpr Index PART_ROWS = 8;                 // a multiple of the rows of Winograd's tiles
 
@@ -41,20 +41,28 @@ inline Index size(const Rows& rows) { return rows.samples * positions(rows.exten
 inline Index x_floats(const Convolution& c) { return positions(c.input) * c.groups * c.channels; }
 inline Index y_floats(const Convolution& c) { return positions(c.output) * c.groups * c.filters; }
 
+// Floats that a part may copy: more than the weights where these are gone through for each part.
+inline Index room_of(const Convolution& c, bool winograd) {
+    return std::max(PART_FLOATS, winograd ? PART_POSITIONS * c.groups * (c.channels + c.filters) : 0);
+}
+inline Index room_of_dw(const Convolution& c, bool winograd) {
+    return std::max(room_of(c, winograd), 4 * c.taps() * c.channels * c.groups * c.filters);
+}
+
 // Some samples, or of one sample some rows along the first dim that has several.
 struct Cut {
     int dim;
     Index samples, rows;  // of a part, at most
 
-    // `extent`: of what is cut, the inputs or the outputs; `copied`: floats that are copied per sample.
-    Cut(const Convolution& c, const Sizes& extent, Index copied, bool winograd)
-        : dim(extent[0] > 1 ? 0 : extent[1] > 1 ? 1 : 2), samples(1), rows(extent[size_t(dim)]) {
-        const Index channels = c.groups * c.channels, filters = c.groups * c.filters;
-        const Index sample = std::max<Index>(1, copied);
-        Index room = PART_FLOATS;
-        if (winograd) room = std::max(room, PART_POSITIONS * (channels + filters));
-        samples = std::max<Index>(1, room / sample);
-        if (sample > room) rows = std::max(PART_ROWS, rows * room / sample / PART_ROWS * PART_ROWS);
+    // `extent`: of what is cut, the inputs or the outputs; `sample`: floats that are copied for a sample, of at most
+    // `room`. Parts that overlap by some rows of the other array are larger.
+    Cut(const Convolution& c, const Sizes& extent, Index sample, Index room, bool overlap = false)
+        : dim(extent[0] > 1 ? 0 : extent[1] > 1 ? 1 : 2),
+          samples(std::max<Index>(1, room / std::max<Index>(1, sample))),
+          rows(extent[size_t(dim)]) {
+        if (sample <= room) return;
+        const Index halo = overlap && c.stride[size_t(dim)] == 1 ? (c.kernel[size_t(dim)] - 1) % PART_ROWS : 0;
+        rows = std::max((overlap ? 4 : 1) * PART_ROWS, rows * room / sample / PART_ROWS * PART_ROWS) - halo;
     }
 
     // Calls work(first sample, samples, first row, last row) for all parts.

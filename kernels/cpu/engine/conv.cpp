@@ -76,8 +76,8 @@ void conv(const Convolution& c, const float* x, const float* packed, const Epilo
         return multiply_channels(
             {forward_sweeps(c, TERMS, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, epilogue});
     }
-    multiply({forward_sweeps(c, TERMS, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups, c.channels,
-              c.filters, epilogue});
+    multiply({forward_sweeps(c, TERMS, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups,
+              c.channels, c.filters, epilogue});
 }
 
 void conv_dx(const Convolution& c, const float* dy, const float* packed, float* dx) {

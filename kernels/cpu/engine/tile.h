@@ -113,7 +113,8 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             }
         }
     }
-    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {  // nearly always: no question asked in between
+    // nearly always: no question asked in between
+    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
             float* place = c[r] + column;
