@@ -202,7 +202,7 @@ void product(const A& a, const A& b, const C& out, bool transpose_a, bool transp
 }
 
 void gemm_floats(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate, double slope) {
-    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, Matrix left, Matrix right, auto b) {
+    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, auto left, auto right, auto b) {
         engine().gemm(m, n, k, left, right, {b, accumulate, float(slope)}, out.data(), Index(out.stride(0)));
     });
 }
@@ -234,10 +234,10 @@ void define_engine(nb::module_& m) {
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
     def(m, "conv", conv_floats, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false, arg("slope") = 1.0);
-    def(m, "conv_dx", conv_dx_floats, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("exact") = false);
-    def(m, "conv_dw", conv_dw_floats, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("exact") = false);
+    def(m, "conv_dx", conv_dx_floats, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"),
+        arg("groups") = 1, arg("exact") = false);
+    def(m, "conv_dw", conv_dw_floats, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"),
+        arg("groups") = 1, arg("exact") = false);
     const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
     def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
         arg("accumulate") = false, anchor(), arg("slope") = 1.0);
@@ -259,10 +259,11 @@ void define_engine(nb::module_& m) {
         arg("out"));
     def(m, "narrow", [](I x, HalfO out) { engine().narrow(vectors("narrow", out, x), x.data(), halves(out)); }, arg("x"),
         arg("out"));
-    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm", "widen", "narrow"}) {
+    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm",
+                             "widen", "narrow"}) {
         refuse_others(m, name,
-                      "takes float32 NumPy arrays, or bfloat16 ones as uint16 (weight gradients and biases float32), the "
-                      "output writeable");
+                      "takes float32 NumPy arrays, or bfloat16 ones as uint16 (weight gradients and biases float32), "
+                      "the output writeable");
     }
     m.def(
         "use_threads",
