@@ -50,7 +50,7 @@ class Parameters:
     """All parameters of a network that this rank holds, in flat `weights` and `gradients` (1D).
 
     They are of the run's float type; where that is bf16, both are float32, and layers compute with copies in `narrow`,
-    except for vectors, which stay exact. Parameters of one replica group lie side by side, so that one allreduce of
+    except for biases and scales. Parameters of one replica group lie side by side, so that one allreduce of
     `gradients[stretch]` sums them all, and within a group those that decay come first.
     """
 
@@ -67,7 +67,7 @@ class Parameters:
             box = dist.box(rank)
             stretch, shape = slice(at, at + prod(extent(box))), extent(box)
             group = (dist.partition, dist.replicated_axes)
-            used = self.weights if self.narrow is None or len(shape) < 2 else self.narrow
+            used = self.weights if self.narrow is None or not weight.decay else self.narrow
             self.by_name[name] = Parameter(
                 name,
                 dist,

@@ -18,6 +18,7 @@ from hpctrain.optim import TABLE
 from hpctrain.partition import Box, volume
 from hpctrain.planner.layout import differentiable
 from hpctrain.planner.plan import Plan
+from hpctrain.precision import exact
 
 OPTIM = Optim(lr=0.05, momentum=0.9, weight_decay=0.01)
 
@@ -65,7 +66,7 @@ def forward_backward(executor: Executor, data: Data, step: int) -> dict[str, np.
 def loss_gradient(executor: Executor, data: Data, name: str) -> np.ndarray:
     """What this rank's rows of a loss count in the total: each sample, and each loss, something else."""
     mine = data.counts[executor.box(name)[0]] if executor.box(name) else data.counts[:0]
-    gradient = np.zeros((len(mine), 4))
+    gradient = np.zeros((len(mine), 4), exact(executor.dtype))
     gradient[:, LOSS] = mine * (1 + 0.5 * [loss.name for loss in executor.graph.losses].index(name))
     return gradient
 

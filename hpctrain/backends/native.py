@@ -28,11 +28,17 @@ COMPILED = (
 Convolution and matrix multiplication in float32 and bf16, in float64 as `Reference`.
 """
 
-OF_BF16 = tuple(name for name in COMPILED if not name.endswith("_update") and name != "sum_squares")
+ALIKE = (
+    *("softmax", "softmax_dx", "activate", "activate_dx"),
+    *("pointwise_loss", "pointwise_loss_dx", "agreement"),
+)
+"""Those that are compiled for arrays of one type; losses take numbers in bf16 beside exact targets."""
+
+OF_BF16 = tuple(name for name in COMPILED if not name.endswith("_update") and name not in ("sum_squares", *ALIKE))
 """Those that take arrays of bf16; the others compute on copies in float32."""
 
 
-@in_float32("describe", "use_threads", *OF_BF16)
+@in_float32("describe", "use_threads", *OF_BF16, alike=ALIKE)
 class Native(Reference):
     """Takes arrays of one type, statistics of normalization in float64, channels contiguous; refuses anything else.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Class = TypeVar("Class", bound=type)
 
 
-def in_float32(*but: str) -> Callable[[Class], Class]:
-    """Decorates a backend: its operations take arrays of bfloat16; those named already do.
+def in_float32(*but: str, alike: Sequence[str] = ()) -> Callable[[Class], Class]:
+    """Decorates a backend: its operations take arrays of bfloat16; those named already do, `alike` if all floats are.
 
     Each such array is handed over as a copy in float32; where the operation wrote, the copy is rounded into the array.
     """
@@ -26,7 +26,7 @@ def in_float32(*but: str) -> Callable[[Class], Class]:
     def decorate(backend: Class) -> Class:
         for name, what in list(vars(backend).items()):
             if callable(what) and not name.startswith("_") and name not in but:
-                setattr(backend, name, _rounded(what))
+                setattr(backend, name, _rounded(what, name in alike))
         return backend
 
     return decorate
@@ -38,10 +38,12 @@ def to_bfloat16(x: Array) -> Array:
         return x.astype(BFLOAT16)
 
 
-def _rounded(operation: Callable[..., Any]) -> Callable[..., Any]:
+def _rounded(operation: Callable[..., Any], alike: bool) -> Callable[..., Any]:
     @wraps(operation)
     def rounded(*arguments: Any, **named: Any) -> Any:
-        if not any(_is_bfloat16(a) for a in (*arguments, *named.values())):
+        given = (*arguments, *named.values())
+        others = any(isinstance(a, np.ndarray) and a.dtype in (np.float32, np.float64) for a in given)
+        if not any(map(_is_bfloat16, given)) or (alike and not others):
             return operation(*arguments, **named)
         copies: dict[Any, tuple[Array, Array]] = {}  # one for each array, which may be input and output
 

@@ -15,6 +15,7 @@ from hpctrain.layers.base import Layer, Phase, Place, Weight, spatial_axes
 from hpctrain.layers.norm import scale_and_offset
 from hpctrain.layers.statistics import COUNT, M2, MEAN, gather, merge_moments
 from hpctrain.partition import Shape, extent
+from hpctrain.precision import exact
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class GroupNormOp:
         self.starts = np.flatnonzero(np.diff(self.group, prepend=-1))
         self.shape = (self.block[0], *(1,) * (len(self.block) - 2), self.block[-1])
         self.affine = "gamma" in place.weights
-        self.one, self.zero = np.ones(self.block[-1], place.dtype), np.zeros(self.block[-1], place.dtype)
+        self.zero, self.one = (np.full(self.block[-1], value, exact(place.dtype)) for value in (0, 1))
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.x, mine = x[0], np.zeros((3, self.block[0], self.cells))

@@ -14,6 +14,7 @@ from hpctrain.errors import PlanError
 from hpctrain.layers.base import Layer, Phase, Place, Weight, spatial_axes, tensor_axes
 from hpctrain.layers.statistics import COUNT, M2, MEAN, gather, merge_moments
 from hpctrain.partition import Box, Shape, extent, names, split, volume
+from hpctrain.precision import exact
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class LayerNormOp:
         self.moments, self.sums, self.own = np.zeros((3, *shape)), np.zeros((2, *shape)), np.zeros((2, *last))
         self.moments[COUNT] = prod(last)
         self.rstd = np.ones(shape)
-        self.no_offset = np.zeros(last, place.dtype)
+        self.no_offset = np.zeros(last, exact(place.dtype))
         self.g = place.backend.empty(block, place.dtype)
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:

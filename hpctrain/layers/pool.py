@@ -14,6 +14,7 @@ from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Layer, Phase, Place, spatial_axes, tensor_axes
 from hpctrain.layers.window import Number, Padding, Window, windows
 from hpctrain.partition import AxisNames, Shape
+from hpctrain.precision import exact
 from hpctrain.regions import Along
 
 
@@ -113,12 +114,12 @@ class AvgPoolOp:
         found = layer.windows(place.shapes[0])
         self.kernel, self.stride = tuple(w.kernel for w in found), tuple(w.stride for w in found)
         ndim = len(place.output)
-        self.divisor = np.ones((1,) * ndim, place.dtype)
+        self.divisor = np.ones((1,) * ndim, exact(place.dtype))
         for dim, (window, n) in enumerate(zip(found, place.shapes[0][1:-1], strict=True), start=1):
             at = range(place.output[dim].start, place.output[dim].stop)
             counts = [_counted(window, i, n, layer.count_padding) for i in at]
             along = tuple(-1 if d == dim else 1 for d in range(ndim))
-            self.divisor = self.divisor * np.array(counts, place.dtype).reshape(along)
+            self.divisor = self.divisor * np.array(counts, exact(place.dtype)).reshape(along)
 
     def forward(self, x: Sequence[Array], w: Mapping[str, Array], y: Array, phase: Phase) -> None:
         self.backend.avg_pool(x[0], y, self.divisor, self.kernel, self.stride)

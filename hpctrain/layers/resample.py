@@ -18,6 +18,7 @@ from hpctrain.errors import PlanError
 from hpctrain.layers.base import Dims, Layer, Phase, Place, each
 from hpctrain.layers.window import Number
 from hpctrain.partition import Interval, Shape, extent
+from hpctrain.precision import exact
 from hpctrain.regions import Along
 
 Taps = list[tuple[int, float]]
@@ -140,7 +141,8 @@ class ResampleOp:
         x, box, y = place.shapes[0], place.inputs[0], place.output
         rules, shape = layer.rules(x), list(extent(box))
         self.steps = [
-            Along1D(d, *table(rules[d - 1], y[d], box[d].start, place.dtype)) for d in order(x, layer.output_shape(x))
+            Along1D(d, *table(rules[d - 1], y[d], box[d].start, exact(place.dtype)))
+            for d in order(x, layer.output_shape(x))
         ]
         self.between: list[Array] = []
         for step in self.steps[:-1]:

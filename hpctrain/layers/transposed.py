@@ -23,6 +23,7 @@ from hpctrain.layers.conv import (
 )
 from hpctrain.layers.window import Number, Padding, paddings
 from hpctrain.partition import Interval, Shape, extent
+from hpctrain.precision import exact
 from hpctrain.regions import Along
 
 
@@ -165,7 +166,10 @@ class ConvTransposeOp:
             place.backend.empty((*kernel, n // run.groups, run.groups * channels), self.dtype)
             for n, run in zip(filters, self.runs, strict=True)
         ]
-        """Per run its weight, and then its gradient, as a convolution has them."""
+        """Per run its weight, as a convolution has it."""
+        full = exact(self.dtype)
+        self.gradients = [k if full == self.dtype else place.backend.empty(k.shape, full) for k in self.kernels]
+        """The same of its gradient, which comes last."""
 
     def _full(self, run: GroupRun) -> Array:
         shape = (*self.reached, run.filters.stop - run.filters.start)
@@ -190,7 +194,7 @@ class ConvTransposeOp:
         if not self.any:
             dw["weight"].fill(0)
             return
-        for run, kernel in zip(self.runs, self.kernels, strict=True):
+        for run, kernel, gradient in zip(self.runs, self.kernels, self.gradients, strict=True):
             full = self._full(run)
             full.fill(0)
             full[self.inside] = dy[..., run.filters][self.outside]
@@ -198,8 +202,8 @@ class ConvTransposeOp:
                 into = dx[0][..., run.channels]
                 adjoint(w["weight"][..., run.filters], run.groups, kernel)
                 self.backend.conv(full, kernel, into, self.stride, self.dilation, run.groups)
-            self.backend.conv_dw(full, self.x[..., run.channels], kernel, self.stride, self.dilation, run.groups)
-            adjoint(kernel, run.groups, dw["weight"][..., run.filters])
+            self.backend.conv_dw(full, self.x[..., run.channels], gradient, self.stride, self.dilation, run.groups)
+            adjoint(gradient, run.groups, dw["weight"][..., run.filters])
 
 
 def adjoint(w: Array, groups: int, out: Array) -> None:

@@ -21,19 +21,19 @@ HPCTRAIN_CLONES void multiply_run(Index n, const T* a, const T* b, T* out) {
 template <class T>
 HPCTRAIN_CLONES void relu_run(Index n, const T* x, T* out) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) out[i] = load(x[i]) < 0 ? T{} : x[i];  // NaN is not less: it stays
+    for (Index i = 0; i < n; ++i) out[i] = keep(!below_zero(x[i]), x[i]);  // NaN is not less: it stays
 }
 
 template <class T>
 HPCTRAIN_CLONES void relu_dx_run(Index n, const T* dy, const T* y, T* out) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) out[i] = load(y[i]) > 0 ? dy[i] : T{};
+    for (Index i = 0; i < n; ++i) out[i] = keep(above_zero(y[i]), dy[i]);
 }
 
 template <class T>
 HPCTRAIN_CLONES void leaky_dx_run(Index n, T* dy, const T* y, Real<T> slope) {
 #pragma GCC ivdep
-    for (Index i = 0; i < n; ++i) dy[i] = load(y[i]) > 0 ? dy[i] : store<T>(slope * load(dy[i]));
+    for (Index i = 0; i < n; ++i) dy[i] = store<T>(load(y[i]) > 0 ? load(dy[i]) : slope * load(dy[i]));
 }
 
 }  // namespace

@@ -70,8 +70,9 @@ const float* bias_of(const char* name, const Bias& bias, Index columns) {
 }
 
 // Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
-const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
-    return !exact && e.winograd->fits(c) && e.winograd->pays(c) ? e.winograd : nullptr;
+const Winograd* winograd(const Engine& e, const Convolution& c, bool exact, bool dx = false) {
+    if (!exact && !dx && e.winograd->strided(c)) return e.winograd;
+    return !exact && e.winograd->fits(c) && (dx ? e.winograd->cost_dx : e.winograd->cost)(c) < 1 ? e.winograd : nullptr;
 }
 
 void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
@@ -90,7 +91,8 @@ void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation
 void conv_dx_floats(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
     const Engine& e = engine();
-    if (const Winograd* faster = winograd(e, c, exact)) return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
+    if (const Winograd* faster = winograd(e, c, exact, true))
+        return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_dx_size(c));
     e.pack_dx(c, w.data(), packed);
@@ -136,13 +138,19 @@ Convolution winograd_convolution(const char* name, const X& x, const Y& w, const
                "outputs, not weights " +
                    shape_of(w) + " over " + shape_of(x));
     }
-    const Index most = 6 - c.kernel[1];
-    if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > most || anchor[1] < 0 || anchor[1] > most)
-        refuse(name, "anchor needs two numbers from 0 to " + std::to_string(most) + ", for height and width");
+    const Index small = c.kernel[1] == 3 ? 4 : 6, edge = anchor.size() == 3 ? anchor[2] : 6, most = edge - c.kernel[1];
+    if (anchor.size() < 2 || anchor.size() > 3 || (edge != small && edge != small + 2) || anchor[0] < 0 ||
+        anchor[0] > most || anchor[1] < 0 || anchor[1] > most) {
+        refuse(name, "anchor needs two numbers from 0 to " + std::to_string(most) +
+                         ", for height and width, and maybe a third one, the points of a tile per dim: " +
+                         std::to_string(small) + " or " + std::to_string(small + 2));
+    }
     return c;
 }
 
-TileAnchor anchor_of(const Numbers& anchor) { return {int(anchor[0]), int(anchor[1])}; }
+TileAnchor anchor_of(const Numbers& anchor) {
+    return {int(anchor[0]), int(anchor[1]), anchor.size() == 3 ? int(anchor[2]) : 6};
+}
 
 void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor,
                    double slope) {
@@ -194,7 +202,7 @@ void product(const A& a, const A& b, const C& out, bool transpose_a, bool transp
 }
 
 void gemm_floats(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias& bias, bool accumulate, double slope) {
-    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, Matrix left, Matrix right, auto b) {
+    product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, auto left, auto right, auto b) {
         engine().gemm(m, n, k, left, right, {b, accumulate, float(slope)}, out.data(), Index(out.stride(0)));
     });
 }
@@ -226,10 +234,10 @@ void define_engine(nb::module_& m) {
     const auto arg = [](const char* name) { return nb::arg(name).noconvert(); };
     def(m, "conv", conv_floats, arg("x"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
         arg("bias") = nb::none(), arg("accumulate") = false, arg("exact") = false, arg("slope") = 1.0);
-    def(m, "conv_dx", conv_dx_floats, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("exact") = false);
-    def(m, "conv_dw", conv_dw_floats, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"), arg("groups") = 1,
-        arg("exact") = false);
+    def(m, "conv_dx", conv_dx_floats, arg("dy"), arg("w"), arg("out"), arg("stride"), arg("dilation"),
+        arg("groups") = 1, arg("exact") = false);
+    def(m, "conv_dw", conv_dw_floats, arg("x"), arg("dy"), arg("out"), arg("stride"), arg("dilation"),
+        arg("groups") = 1, arg("exact") = false);
     const auto anchor = [&] { return arg("anchor") = Numbers{0, 0}; };
     def(m, "winograd_conv", winograd_conv, arg("x"), arg("w"), arg("out"), arg("groups") = 1, arg("bias") = nb::none(),
         arg("accumulate") = false, anchor(), arg("slope") = 1.0);
@@ -251,10 +259,11 @@ void define_engine(nb::module_& m) {
         arg("out"));
     def(m, "narrow", [](I x, HalfO out) { engine().narrow(vectors("narrow", out, x), x.data(), halves(out)); }, arg("x"),
         arg("out"));
-    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm", "widen", "narrow"}) {
+    for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm",
+                             "widen", "narrow"}) {
         refuse_others(m, name,
-                      "takes float32 NumPy arrays, or bfloat16 ones as uint16 (weight gradients and biases float32), the "
-                      "output writeable");
+                      "takes float32 NumPy arrays, or bfloat16 ones as uint16 (weight gradients and biases float32), "
+                      "the output writeable");
     }
     m.def(
         "use_threads",

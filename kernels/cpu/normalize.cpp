@@ -22,23 +22,24 @@ HPCTRAIN_CLONES void copy_rows(Index rows, Index width, T* out, Index out_step, 
     }
 }
 
-// The activations that normalization ends with, by their slope below 0.
+// The activations that normalization ends with.
 struct Linear {
-    template <class R>
-    HPCTRAIN_ALWAYS_INLINE R operator()(R v, R) const {
-        return v;
+    template <class T>
+    HPCTRAIN_ALWAYS_INLINE static T stored(Real<T> v, Real<T>) {
+        return store<T>(v);
     }
 };
 struct Rectified {
-    template <class R>
-    HPCTRAIN_ALWAYS_INLINE R operator()(R v, R) const {
-        return v < 0 ? R(0) : v;  // NaN is not less: it stays
+    template <class T>
+    HPCTRAIN_ALWAYS_INLINE static T stored(Real<T> v, Real<T>) {
+        const T rounded = store<T>(v);
+        return keep(!below_zero(rounded), rounded);  // NaN is not below: it stays
     }
 };
 struct Leaky {
-    template <class R>
-    HPCTRAIN_ALWAYS_INLINE R operator()(R v, R slope) const {
-        return v > 0 ? v : slope * v;
+    template <class T>
+    HPCTRAIN_ALWAYS_INLINE static T stored(Real<T> v, Real<T> slope) {
+        return store<T>(v > 0 ? v : slope * v);
     }
 };
 
@@ -48,7 +49,7 @@ HPCTRAIN_CLONES void normalize_rows(Index rows, Index width, const T* x, Index x
     for (Index r = 0; r < rows; ++r, x += x_step, out += out_step) {
 #pragma GCC ivdep
         for (Index i = 0; i < width; ++i) {
-            out[i] = store<T>(F()((load(x[i]) - v[0][i]) * v[1][i] + v[2][i], slope));
+            out[i] = F::template stored<T>((load(x[i]) - v[0][i]) * v[1][i] + v[2][i], slope);
         }
     }
 }
@@ -60,7 +61,7 @@ HPCTRAIN_CLONES void normalize_add_rows(Index rows, Index width, const T* x, Ind
     for (Index r = 0; r < rows; ++r, x += x_step, add += add_step, out += out_step) {
 #pragma GCC ivdep
         for (Index i = 0; i < width; ++i) {
-            out[i] = store<T>(F()((load(x[i]) - v[0][i]) * v[1][i] + v[2][i] + load(add[i]), slope));
+            out[i] = F::template stored<T>((load(x[i]) - v[0][i]) * v[1][i] + v[2][i] + load(add[i]), slope);
         }
     }
 }

@@ -25,7 +25,7 @@ void mask_run(Index n, T* dy, const T* y, double slope);
 
 // Channel vectors are held in arrays of this many elements: narrow ones repeated side by side, so that rows of 3
 // channels still fill vector registers, wide ones in tiles.
-constexpr Index LANES = 256;
+constexpr Index LANES = 1024;
 
 template <class R, int M>
 using Vectors = R[M][LANES];

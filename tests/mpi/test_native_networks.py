@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
-from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from hpctrain.layers import Loss
 from hpctrain.models import Sample
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import KEEP, Economy
-from hpctrain.verify.tolerance import Tolerance, tolerances
+from hpctrain.verify.tolerance import tolerances
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("HPCTRAIN_NATIVE") == "0", reason="HPCTRAIN_NATIVE=0: installed without compiled kernels"
@@ -35,15 +35,18 @@ ZOO: dict[str, tuple[int, Sample, dict[str, Any]]] = {
     "cosmoflow": (3, Sample((16, 17, 19, 4), values=2), {"filters": 16, "hidden": 7}),
     "inception3": (4, Sample((107, 109, 3), classes=5), {"width": 0.1, "dropout": 0.0}),
     "lenet": (5, Sample((13, 15, 1), classes=5), {}),
-    "resnet18": (3, Sample((33, 37, 3), classes=5), {"width": 0.25, "stem": "cifar"}),
-    "resnet50": (2, Sample((65, 63, 3), classes=5), {"width": 0.1}),
+    "resnet18": (7, Sample((33, 37, 3), classes=5), {"width": 0.25, "stem": "cifar"}),
+    "resnet50": (7, Sample((65, 63, 3), classes=5), {"width": 0.1}),
     "unet3d": (2, Sample((9, 7, 11, 2), classes=3, positions=(9, 7, 11)), {"filters": 8, "levels": 3}),
-    "vgg11": (2, Sample((33, 35, 3), classes=5), {"width": 0.25, "hidden": 13, "norm": True, "dropout": 0.0}),
+    "vgg11": (9, Sample((33, 35, 3), classes=5), {"width": 0.25, "hidden": 13, "norm": True, "dropout": 0.0}),
 }
 """Batch, sample and options. No dropout, which is tested by itself."""
 
-BF16 = 0.25
-"""Of the norm of a gradient, see test_bf16.py: these networks are several times as deep."""
+WINOGRAD = 3.0
+"""How much more Winograd's convolution rounds than a plain sum; the share of kinks that flip is the root of that."""
+
+DEEP = ("inception3", "resnet50")
+"""At so few samples bf16 leaves little of their gradients, with any backend."""
 
 
 def step(
@@ -65,35 +68,55 @@ def apart(found: np.ndarray, expected: np.ndarray, scale: float) -> float:
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), scale))
 
 
-@pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", ZOO)
-def test_gradients_are_those_of_the_reference(comm: Any, name: str, precision: str, seed: int) -> None:
+def exact(net: Graph, data: Data, comm: Any) -> Any:
+    """The losses and gradients of one rank in float64, on all ranks."""
     from mpi4py import MPI
 
+    found = None
+    if comm.rank == 0:
+        found = step(net, single(net), MPI.COMM_SELF, data, Reference(), "float64", KEEP)
+    return comm.bcast(found)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_those_of_the_reference(comm: Any, name: str, seed: int) -> None:
     batch, sample, options = ZOO[name]
     net = models.build(name, batch, sample, options)
     data, limits = draw(net, seed, 1), tolerances(net, "float32")
     plan = single(net) if comm.size == 1 else random_plan(np.random.default_rng(seed), net, comm.size)
-    expected = None
-    if comm.rank == 0:
-        expected = step(net, single(net), MPI.COMM_SELF, data, Reference(), "float64", KEEP)
-    losses, gradients = comm.bcast(expected)
-    found_losses, found = step(net, plan, comm, data, backends.get("native"), precision, LEAN)
-    allowed: Callable[[Tolerance], float] = (lambda t: t.gradient) if precision == "float32" else (lambda t: BF16)
+    losses, gradients = exact(net, data, comm)
+    found_losses, found = step(net, plan, comm, data, backends.get("native"), "float32", LEAN)
     scale = 1e-3 * max(float(np.linalg.norm(array)) for _, array in gradients.values())
     for key, (box, block) in found_losses.items():
-        limit = 2e-2 if precision == "bf16" else limits[key].output
         if block.size:
-            assert apart(block[:, :1], losses[key][1][box][:, :1], 1e-3) <= limit, key
-    worst = 0.0
+            assert apart(block[:, :1], losses[key][1][box][:, :1], 1e-3) <= WINOGRAD * limits[key].output, key
     for key, (box, block) in found.items():
-        limit = allowed(limits[key.rpartition(".")[0]])
+        limit = sqrt(WINOGRAD) * limits[key.rpartition(".")[0]].gradient
         if block.size:
             error = apart(block, gradients[key][1][box], scale)
-            worst = max(worst, error / limit)
             assert error <= limit, f"{key}: {error:.2e} of {limit:.2e}, plan {plan}"
-    print(f"{name}, {precision}: {worst:.2f} of what is allowed")
+
+
+@pytest.mark.parallel([1])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in DEEP])
+def test_gradients_in_bf16_are_as_near_as_those_of_the_reference(comm: Any, name: str, seed: int) -> None:
+    """Both round every tensor once, to bf16, so that they are about as far from float64."""
+    batch, sample, options = ZOO[name]
+    net = models.build(name, batch, sample, options)
+    data = draw(net, seed, 1)
+    losses, gradients = exact(net, data, comm)
+    their_losses, theirs = step(net, single(net), comm, data, Reference(), "bf16", LEAN)
+    our_losses, ours = step(net, single(net), comm, data, backends.get("native"), "bf16", LEAN)
+    scale = 1e-3 * max(float(np.linalg.norm(array)) for _, array in gradients.values())
+    for key, (_, rows) in losses.items():
+        error, other = (apart(found[key][1][:, 0], rows[:, 0], 1e-3) for found in (our_losses, their_losses))
+        assert error <= 2 * other + 2e-2, f"{key}: {error:.1e}, reference {other:.1e}"
+    errors = np.array(
+        [[apart(found[key][1], g, scale) for found in (ours, theirs)] for key, (_, g) in gradients.items()]
+    )
+    print(f"{name}: median and largest error, ours and the reference's: {np.median(errors, 0)} {errors.max(0)}")
+    assert (errors[:, 0] <= 2 * errors[:, 1] + 2e-2).all()
 
 
 @pytest.mark.parallel([1, 2])

@@ -17,6 +17,22 @@ from hpctrain.backends.base import Backend
 SHAPE = (3, 5, 2, 7, 3)
 """Samples, positions, and channels that may be taken as 7 groups of 3."""
 
+RUN = 16
+"""Rows that a backend may add up in the arrays' own precision, before all else in float64."""
+PIECES = 8
+"""The first of so many pieces of rows gives the number about which squares of all of them are taken."""
+
+
+def moments_tolerance(x: np.ndarray, dtype: np.dtype) -> tuple[float, float]:
+    """Absolute error of means, and relative error of sums of squares.
+
+    Differences, squares and the additions of a run round each term RUN + 2 times. About a number that is k standard
+    deviations from the mean squares add up to 1 + k^2 as much; 1 + k^2 <= PIECES, as one piece makes the variance that
+    large. Float64 adds some 1e-14, relative to the largest number.
+    """
+    rounding = (RUN + 2) * float(np.finfo(dtype).eps) / 2
+    return rounding * float(np.ptp(x)) + 1e-14 * float(np.abs(x).max(initial=1)), PIECES * rounding + 1e-11
+
 
 class Norm(NamedTuple):
     """Shapes that broadcast against an array of shape `x` for one kind of normalization."""
@@ -49,9 +65,10 @@ def test_moments_of_every_kind(backend: Backend, dtype: np.dtype, seed: int, kin
     mean, m2 = (np.full(norm.statistics, 77.0) for _ in range(2))
     backend.moments(x, mean, m2)
     exact = x.astype(float)
-    np.testing.assert_allclose(mean, exact.mean(norm.over).reshape(mean.shape), atol=1e-14)
+    of_mean, of_m2 = moments_tolerance(exact, dtype)
+    np.testing.assert_allclose(mean, exact.mean(norm.over).reshape(mean.shape), rtol=0, atol=of_mean)
     count = prod(norm.x[d] for d in norm.over)
-    np.testing.assert_allclose(m2, exact.var(norm.over).reshape(m2.shape) * count, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(m2, exact.var(norm.over).reshape(m2.shape) * count, rtol=of_m2, atol=1e-14)
     arrays.check_surroundings()
 
 
@@ -95,9 +112,48 @@ def test_moments_far_from_zero(backend: Backend, dtype: np.dtype, seed: int, off
         mean, m2 = arrays.out(g.c, dtype=float), arrays.out(g.c, dtype=float)
         backend.moments(x, mean, m2)
         exact = x.reshape(-1, g.c).astype(np.longdouble)  # of the rounded values: only the algorithm may err
-        np.testing.assert_allclose(mean, exact.mean(axis=0).astype(float), rtol=1e-13, atol=1e-13)
+        of_mean, of_m2 = moments_tolerance(exact, dtype)
+        np.testing.assert_allclose(mean, exact.mean(axis=0).astype(float), rtol=0, atol=of_mean)
         want = ((exact - exact.mean(axis=0)) ** 2).sum(axis=0)
-        np.testing.assert_allclose(m2, want.astype(float), rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(m2, want.astype(float), rtol=of_m2, atol=1e-11)
+
+
+def test_moments_of_a_sudden_change(backend: Backend, dtype: np.dtype, seed: int) -> None:
+    """The worst for what squares are taken about: constant for long, then something else altogether."""
+    for count in (33, 255, 257, 5001):
+        for channels in (1, 3, 70):
+            x = np.random.default_rng(seed).standard_normal((count, channels)).astype(dtype) + dtype.type(1000)
+            x[: max(1, count // PIECES)] = 0
+            mean, m2 = np.zeros((2, channels))
+            backend.moments(x, mean, m2)
+            of_mean, of_m2 = moments_tolerance(x, dtype)
+            exact = x.astype(np.longdouble)
+            np.testing.assert_allclose(mean, exact.mean(axis=0).astype(float), rtol=0, atol=of_mean)
+            np.testing.assert_allclose(m2, (exact.var(axis=0) * count).astype(float), rtol=of_m2)
+
+
+def test_sums_beyond_the_range_of_float32(backend: Backend, seed: int) -> None:
+    """Squares and products of numbers that float32 just holds; the statistics are float64."""
+    x, dy = (np.random.default_rng(seed).standard_normal((2, 301, 5)) * 1e37).astype(np.float32)
+    mean, m2, sum_dy, sum_dy_xhat = np.zeros((4, 5))
+    backend.moments(x, mean, m2)
+    backend.normalize_grad(dy, x, mean, np.ones(5), sum_dy, sum_dy_xhat)
+    exact, g = x.astype(float), dy.astype(float)
+    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(m2, exact.var(axis=0) * 301, rtol=1e-6)
+    np.testing.assert_allclose(sum_dy, g.sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(sum_dy_xhat, (g * (exact - mean)).sum(axis=0), rtol=1e-5)
+
+
+def test_infinities_add_up(backend: Backend, dtype: np.dtype) -> None:
+    """To an infinite mean, or none; channels beside them are untouched by it."""
+    x = np.ones((300, 4), dtype)
+    x[7, 1], x[290, 2], x[3, 3], x[200, 3] = np.inf, -np.inf, np.inf, -np.inf
+    mean, m2 = np.zeros((2, 4))
+    with np.errstate(invalid="ignore"):
+        backend.moments(x, mean, m2)
+    np.testing.assert_array_equal(mean, [1, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(m2, [0, np.nan, np.nan, np.nan])
 
 
 def test_normalize_operations_round_no_more_than_their_type(backend: Backend, dtype: np.dtype, seed: int) -> None:
@@ -117,7 +173,9 @@ def test_normalize_operations_round_no_more_than_their_type(backend: Backend, dt
         for sums, terms in ((sum_dy, dy.astype(float)), (sum_dy_xhat, dy * xhat)):
             flat = terms.reshape(-1, g.c)
             magnitude = (np.abs(dy) * (reach + 1)).reshape(-1, g.c).sum(axis=0)
-            assert_close(sums, flat.sum(axis=0), magnitude, np.dtype("float64"), len(flat))
+            # in float64, but for runs
+            length = RUN if dtype == np.float32 else len(flat)
+            assert_close(sums, flat.sum(axis=0), magnitude, dtype, length)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NORMS if kind != "batch"])

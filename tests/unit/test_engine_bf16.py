@@ -124,6 +124,10 @@ def test_geometries(g: Geometry, seed: int) -> None:
         conv(64, 64, n=30, extent=(14, 14)),
         conv(20, 32, n=2, extent=(19, 18), kernel=(5, 5)),
         Geometry(1, (40, 22, 23), 16, 32, (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        # outputs of whole tiles and a little more
+        conv(128, 130, n=9, extent=(15, 15)),
+        conv(128, 128, n=9, extent=(15, 10)),
+        conv(66, 128, n=9, extent=(10, 15), groups=2),
     ],
 )
 def test_winograd(g: Geometry, seed: int) -> None:

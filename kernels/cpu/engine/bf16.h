@@ -23,9 +23,6 @@ struct Pairs : Products {
     void (*pair)(const Rows&, const Bf16* low, const Bf16* high, float* pairs);
     // A copy with more channels, zeros; strides are in bfloat16.
     void (*pad)(const Rows&, const Bf16* array, Bf16* copy);
-    // gemm of few rows, with b (2k, n) as it lies: the pairs are made on the way. k > 0.
-    void (*gemm_unpaired)(Index m, Index n, Index k, Matrix a, const Bf16* b, Index b_row, const Epilogue&, float* c,
-                          Index row);
 };
 
 // y = epilogue(conv(x, w)); `exact` is without Winograd. No epilogue here accumulates.

@@ -60,16 +60,30 @@ Matrix paired_factor(const Pairs& pairs, Bf16Matrix a, Index rows, Index k, Scra
     return {words, width, 1};
 }
 
-constexpr Index FEW_ROWS = 192, MUCH = 1 << 18;  // rows of A; elements of B that are not to be copied
+constexpr Index FEW_ROWS = 192;         // of A
+constexpr Index MUCH = Index(1) << 17;  // pairs of B that are made at a time
+constexpr Index WIDE = 2048;           // columns of B of which they are
 
 void gemm_in_pairs(const Pairs& pairs, Index m, Index n, Index k, Bf16Matrix a, Bf16Matrix b, const Epilogue& epilogue,
                    float* c, Index row) {
     Scratch scratch;
     const Matrix left = paired_factor(pairs, a, m, k, scratch);
-    if (m <= FEW_ROWS && n * k > MUCH && b.column == 1 && k % 2 == 0)
-        return pairs.gemm_unpaired(m, n, k / 2, left, b.data, b.row, epilogue, c, row);
-    const Matrix right = paired_factor(pairs, {b.data, b.column, b.row}, n, k, scratch);
-    pairs.gemm(m, n, (k + 1) / 2, left, {right.data, right.column, right.row}, epilogue, c, row);
+    const auto product = [&](Index first, Index terms, Index column, Index columns, Scratch& room) {
+        const Bf16Matrix part{b.data + (first * b.row + column * b.column), b.row, b.column};
+        const Matrix right = paired_factor(pairs, {part.data, part.column, part.row}, columns, terms, room);
+        Epilogue some{nullptr, epilogue.accumulate || first > 0, first + terms == k ? epilogue.slope : 1};
+        if (first == 0 && epilogue.bias) some.bias = epilogue.bias + column;
+        pairs.gemm(m, columns, (terms + 1) / 2, {left.data + first / 2 * left.column, left.row, left.column},
+                   {right.data, right.column, right.row}, some, c + column, row);
+    };
+    if (m > FEW_ROWS || n * k <= 4 * MUCH || b.column != 1) return product(0, k, 0, n, scratch);
+    for (Index column = 0; column < n; column += WIDE) {  // B is large: pairs are made of some rows at a time
+        const Index columns = std::min(WIDE, n - column), terms = (MUCH / columns + 1) * 2;
+        for (Index first = 0; first < k; first += terms) {
+            Scratch room;
+            product(first, std::min(terms, k - first), column, columns, room);
+        }
+    }
 }
 
 // Calls store(first row, rows, sums) for blocks of rows of the product, of which the sums stay in the cache.

@@ -74,19 +74,19 @@ void conv(const Convolution& c, const float* x, const float* packed, const Epilo
     Scratch scratch;
     if (c.depthwise()) {
         return multiply_channels(
-            {forward_sweeps(c, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, epilogue});
+            {forward_sweeps(c, TERMS, scratch), 1, x, y, packed, c.taps(), c.groups, 1, 0, 0, epilogue});
     }
-    multiply({forward_sweeps(c, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups, c.channels,
-              c.filters, epilogue});
+    multiply({forward_sweeps(c, TERMS, scratch), 1, x, y, packed, c.taps() * c.channels, c.filters, c.groups,
+              c.channels, c.filters, epilogue});
 }
 
 void conv_dx(const Convolution& c, const float* dy, const float* packed, float* dx) {
     Scratch scratch;
     if (c.depthwise()) {
         return multiply_channels(
-            {dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, {}});
+            {dx_sweeps(c, TERMS, scratch), 1, dy, dx, packed, c.taps(), c.groups, 1, 0, 0, {}});
     }
-    multiply({dx_sweeps(c, scratch), 1, dy, dx, packed, c.taps() * c.filters, c.channels, c.groups, c.filters,
+    multiply({dx_sweeps(c, TERMS, scratch), 1, dy, dx, packed, c.taps() * c.filters, c.channels, c.groups, c.filters,
               c.channels, {}});
 }
 

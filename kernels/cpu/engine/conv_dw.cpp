@@ -7,7 +7,11 @@
 namespace hpctrain::HPCTRAIN_ISA {
 namespace {
 
+#ifdef HPCTRAIN_PAIRS
+constexpr Index CHUNK = 192;  // pairs of positions at a time: half as long as below
+#else
 constexpr Index CHUNK = 512;  // positions at a time
+#endif
 constexpr int CHANNEL_TAPS = 8;
 
 constexpr Index least(Index a, Index b) { return a < b ? a : b; }

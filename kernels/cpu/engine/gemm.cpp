@@ -6,7 +6,13 @@
 namespace hpctrain::HPCTRAIN_ISA {
 namespace {
 
-constexpr Index FEW_ROWS = 192, MUCH = 1 << 18;  // rows of A; floats of B that need not stay in the cache
+constexpr Index FEW_ROWS = 192;  // of A
+// Floats of B that need not stay in the cache.
+#ifdef HPCTRAIN_PAIRS
+constexpr Index MUCH = 1 << 15;  // parts of B are made just before
+#else
+constexpr Index MUCH = 1 << 18;
+#endif
 
 constexpr Index ROOM = (BLOCK_TERMS + 1) * TILE_VECTORS * W;  // of a packed block
 
@@ -40,7 +46,6 @@ struct Operands {
     Epilogue epilogue;
     float* c;
     Index row;
-    Index other = 0;  // see load_row
 };
 
 // A block of rows of a panel of B, and where it is packed.
@@ -54,12 +59,8 @@ struct Block {
 Copy packing(const Operands& o, const Panels& panels, const Block& block, int j) {
     const Index column = (panels.first(block.panel) + j) * W;
     const int vectors = panels.size(block.panel);
-    const float* from = o.b.data + block.terms.b * o.b.row + (o.other ? 0 : column);
-    if (o.other) from = reinterpret_cast<const float*>(reinterpret_cast<const Bf16*>(from) + column);
-    return {from,          o.b.row,
-            block.packed + j * W, vectors * W,
-            block.terms.n, j + 1 < vectors ? W : panels.tail(block.panel),
-            o.other};
+    return {o.b.data + block.terms.b * o.b.row + column,   o.b.row, block.packed + j * W, vectors * W, block.terms.n,
+            j + 1 < vectors ? W : panels.tail(block.panel)};
 }
 
 // All rows of C by a packed block, of which columns are contiguous; packs the next one.
@@ -108,15 +109,6 @@ void few_rows(const Operands& o, const Sweep& sweep, const Panels& panels, Index
     }
 }
 
-void few_rows(const Operands& o, const Sweep& sweep, Scratch& scratch) {
-    const Panels panels(o.n, best_width(o.m));
-    float* rooms = scratch.array<float>(thread_count() * 2 * ROOM);
-    in_threads([&](int thread, int threads) {
-        few_rows(o, sweep, panels, panels.count * thread / threads, panels.count * (thread + 1) / threads,
-                 rooms + thread * 2 * ROOM);
-    });
-}
-
 // c (m, n) = epilogue(transposed t (n, m))
 void turn(const Operands& o, const float* t, Index t_row) {
     in_threads([&](int thread, int threads) {
@@ -151,24 +143,18 @@ void gemm(Index m, Index n, Index k, Matrix a, Matrix b, const Epilogue& epilogu
         gemm(n, m, k, {b.data, b.column, b.row}, {a.data, a.column, a.row}, {}, t, t_row);
         return turn(o, t, t_row);
     }
-    const Sweeps sweeps = matrix_sweep(m, k, a.row, a.column, row, scratch);
+    const Sweeps sweeps = matrix_sweep(m, k, a.row, a.column, row, TERMS, scratch);
     if (m > FEW_ROWS || n * k <= MUCH || b.column != 1) {
         float* packed = scratch.array<float>(Panels(n).vectors * W * k);
         pack_whole(n, k, b, packed);
         return multiply({sweeps, a.column, a.data, c, packed, k, n, 1, 0, 0, epilogue});
     }
-    few_rows(o, sweeps.list[0], scratch);
+    const Panels panels(n, best_width(m));
+    float* rooms = scratch.array<float>(thread_count() * 2 * ROOM);
+    in_threads([&](int thread, int threads) {
+        few_rows(o, sweeps.list[0], panels, panels.count * thread / threads, panels.count * (thread + 1) / threads,
+                 rooms + thread * 2 * ROOM);
+    });
 }
-
-#ifdef HPCTRAIN_PAIRS
-void gemm_unpaired(Index m, Index n, Index k, Matrix a, const Bf16* b, Index b_row, const Epilogue& epilogue, float* c,
-                   Index row) {
-    if (m == 0 || n == 0) return;
-    Scratch scratch;
-    // two rows of B are one of pairs, as far from the next one as b_row floats
-    const Operands o{m, n, a, {reinterpret_cast<const float*>(b), b_row, 1}, epilogue, c, row, b_row};
-    few_rows(o, matrix_sweep(m, k, a.row, a.column, row, scratch).list[0], scratch);
-}
-#endif
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -46,8 +46,6 @@ void add(const Rows&, const float* copy, float* array);
 // --- pairs.cpp ---
 void pair(const Rows&, const Bf16* low, const Bf16* high, float* pairs);
 void pad(const Rows&, const Bf16* array, Bf16* copy);
-void gemm_unpaired(Index m, Index n, Index k, Matrix a, const Bf16* b, Index b_row, const Epilogue&, float* c,
-                   Index row);
 
 }  // namespace HPCTRAIN_ISA
 #endif

@@ -6,8 +6,11 @@
 namespace hpctrain::HPCTRAIN_ISA {
 
 void pair(const Rows& rows, const Bf16* low, const Bf16* high, float* pairs) {
+    const Index ahead = rows.array[3];
     each_run(rows, [=](Index from, Index to, Index n) {
         for (Index i = 0; i < n; i += W) {
+            __builtin_prefetch(low + from + i + ahead, 0, 2);  // memory takes longer than the row before
+            if (high) __builtin_prefetch(high + from + i + ahead, 0, 2);
             const int some = n - i < W ? int(n - i) : W;
             const V words = paired(low + from + i, high ? high + from + i : nullptr, some);
             some == W ? store(pairs + to + i, words) : store(pairs + to + i, words, some);

@@ -18,12 +18,12 @@ void append(Run* list, Index& count, Run run) {
     }
 }
 
-// Cuts the terms of a sweep into equal blocks of about BLOCK_TERMS; there is one at least, for sums of nothing.
+// Cuts the terms of a sweep into equal blocks of at most `block`; there is one at least, for sums of nothing.
 // `step` lies in A between one term and the next.
-void set_blocks(Sweep& sweep, const Run* runs, Index count, Index step, Scratch& scratch) {
+void set_blocks(Sweep& sweep, const Run* runs, Index count, Index step, Index block, Scratch& scratch) {
     sweep.terms = 0;
     for (Index i = 0; i < count; ++i) sweep.terms += runs[i].n;
-    sweep.block_count = std::max<Index>(1, (sweep.terms + BLOCK_TERMS - 1) / BLOCK_TERMS);
+    sweep.block_count = std::max<Index>(1, (sweep.terms + block - 1) / block);
     Runs* blocks = scratch.array<Runs>(sweep.block_count);
     Run* cut = scratch.array<Run>(count + sweep.block_count);
     Index used = 0, done = 0, next = 0, taken = 0;  // `taken` terms of runs[next] are in blocks already
@@ -86,7 +86,7 @@ Classes input_classes(const Convolution& c, int dim, Scratch& scratch) {
 
 }  // namespace
 
-Sweeps forward_sweeps(const Convolution& c, Scratch& scratch) {
+Sweeps forward_sweeps(const Convolution& c, Index block, Scratch& scratch) {
     Sweep* sweep = scratch.array<Sweep>(1);
     Run* runs = scratch.array<Run>(c.taps());
     Index count = 0, row = 0;
@@ -106,11 +106,11 @@ Sweeps forward_sweeps(const Convolution& c, Scratch& scratch) {
               nullptr,
               0,
               0};
-    set_blocks(*sweep, runs, count, 1, scratch);
+    set_blocks(*sweep, runs, count, 1, block, scratch);
     return {sweep, 1, c.samples, c.samples};
 }
 
-Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
+Sweeps dx_sweeps(const Convolution& c, Index block, Scratch& scratch) {
     const Classes classes[3] = {input_classes(c, 0, scratch), input_classes(c, 1, scratch),
                                 input_classes(c, 2, scratch)};
     Sweep* sweeps = scratch.array<Sweep>(classes[0].count * classes[1].count * classes[2].count);
@@ -141,7 +141,7 @@ Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
                          nullptr,
                          0,
                          0};
-                set_blocks(sweep, runs, count, 1, scratch);
+                set_blocks(sweep, runs, count, 1, block, scratch);
             }
         }
     }
@@ -151,11 +151,11 @@ Sweeps dx_sweeps(const Convolution& c, Scratch& scratch) {
     return {sweeps, sweep_count, c.samples, 1 + std::max(CACHED_FLOATS, weights) / std::max<Index>(1, sample)};
 }
 
-Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Scratch& scratch) {
+Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Index block, Scratch& scratch) {
     Sweep* sweep = scratch.array<Sweep>(1);
     *sweep = {{1, 1, 1, m}, {0, 0, 0, a_row}, {0, 0, 0, c_row}, 0, 0, nullptr, 0, 0};
     const Run run{0, 0, k};
-    set_blocks(*sweep, &run, k > 0, a_column, scratch);
+    set_blocks(*sweep, &run, k > 0, a_column, block, scratch);
     return {sweep, 1, 1, 1};
 }
 

@@ -35,16 +35,16 @@ struct Sweeps {
     Index count, samples, samples_at_once;
 };
 
-// Terms of one block of a sweep, at most.
+// Terms of one block of a sweep, at most; `block` below may say less.
 constexpr Index BLOCK_TERMS = 768;
 
 // y: for each output the taps in x, which are packed rows tap * channels + channel.
-Sweeps forward_sweeps(const Convolution&, Scratch&);
+Sweeps forward_sweeps(const Convolution&, Index block, Scratch&);
 // dx: for each input the outputs that read it; packed rows are (taps - 1 - tap) * filters + filter, so that both
 // factors are walked upwards. Every input is in one sweep, if only to become 0.
-Sweeps dx_sweeps(const Convolution&, Scratch&);
+Sweeps dx_sweeps(const Convolution&, Index block, Scratch&);
 // (m, k) by k rows of packed B.
-Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Scratch&);
+Sweeps matrix_sweep(Index m, Index k, Index a_row, Index a_column, Index c_row, Index block, Scratch&);
 
 // Some output positions: where each run of them begins in x (`a`) and in dy; `b` counts them within the chunk.
 struct Chunk {

@@ -2,9 +2,17 @@
 #pragma once
 
 #include "plan.h"
-#include "bf16_simd.h"
+#include "simd.h"
 
 namespace hpctrain::HPCTRAIN_ISA {
+
+// Terms of a block of a sum: the packed rows stay in the second-level cache. Products of pairs take half as long, and
+// their panels should rather stay close to the first level.
+#ifdef HPCTRAIN_PAIRS
+constexpr Index TERMS = BLOCK_TERMS / 4;
+#else
+constexpr Index TERMS = BLOCK_TERMS;
+#endif
 
 // A packed factor B of `width` columns: panels of at most TILE_VECTORS vectors, of nearly equal width, one after the
 // other; a panel holds its rows one after the other, zeros beyond the last column.
@@ -56,18 +64,6 @@ inline Target target_of(const Epilogue& e, Index column, Index block, Index bloc
             block + 1 == blocks ? e.slope : 1};
 }
 
-// One row of `columns` columns of B.
-#ifdef HPCTRAIN_PAIRS
-// `other`: where the second bfloat16 of each pair lies, in bfloat16; 0 if beside the first one, as in C.
-inline V load_row(const float* from, int columns, Index other) {
-    if (other == 0) return columns == W ? load(from) : load(from, columns);
-    const Bf16* low = reinterpret_cast<const Bf16*>(from);
-    return paired(low, low + other, columns);
-}
-#else
-inline V load_row(const float* from, int columns, Index) { return columns == W ? load(from) : load(from, columns); }
-#endif
-
 // What else a tile does, a little per term, while its multiplications keep the processor waiting for nothing: nothing,
 // or to pack a column of vectors of the next block, row by row, from memory that no cache holds yet.
 struct Nothing {
@@ -80,7 +76,6 @@ struct Copy {
     float* to;
     Index to_step, left;
     int columns;
-    Index other = 0;
 
     void step() {
         constexpr int EARLY = 40;  // terms: more than the time that memory takes
@@ -88,10 +83,7 @@ struct Copy {
         --left;
         __builtin_prefetch(from + EARLY * from_step, 0, 2);
         __builtin_prefetch(from + EARLY * from_step + W - 1, 0, 2);  // rows may lie across two cache lines
-#ifdef HPCTRAIN_PAIRS
-        if (other) __builtin_prefetch(reinterpret_cast<const Bf16*>(from + EARLY * from_step) + other, 0, 2);
-#endif
-        store(to, load_row(from, columns, other));
+        store(to, columns == W ? load(from) : load(from, columns));
         from += from_step;
         to += to_step;
     }
@@ -121,7 +113,8 @@ inline void tile(const float* const* a, float* const* c, Index column, Runs runs
             }
         }
     }
-    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {  // nearly always: no question asked in between
+    // nearly always: no question asked in between
+    if (target.rows == M && target.tail == W && !target.bias && target.slope == 1) {
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
             float* place = c[r] + column;

@@ -6,13 +6,14 @@
 
 namespace hpctrain::HPCTRAIN_ISA::winograd {
 
-// An array (N, D, H, W, C) of which T is float or const float.
+// An array (N, D, H, W, C) of which T is float or const float. Planes from `complete` on lack the last row, and the last
+// column of all lacks its last channels: zeros.
 template <class T>
 struct Image {
     T* data;
     Strides stride;
     Sizes extent;
-    Index channels;
+    Index channels, complete = extent[0], lacked = 0;
 };
 
 // Where tile `column` of the plane lies: its sample, its first row and column, and whether others lie above and left.
@@ -23,15 +24,18 @@ struct Place {
 
 // The tiles of a plane of all samples, numbered sample by sample, row by row.
 struct Tiles {
+    int edge;                              // points of a tile per dim
     Index samples, outputs, down, across;  // outputs: of a tile, in either dim
     TileAnchor anchor;
 
-    Tiles(const Convolution& c, TileAnchor anchor)
-        : samples(c.samples),
-          outputs(outputs_of(int(c.kernel[1]))),
+    Tiles(const Convolution& c, int edge, TileAnchor anchor)
+        : edge(edge),
+          samples(c.samples),
+          outputs(outputs_of(int(c.kernel[1]), edge)),
           down(ceil_div(c.output[1] + anchor.h, outputs)),
           across(ceil_div(c.output[2] + anchor.w, outputs)),
           anchor(anchor) {}
+    int points() const { return edge * edge; }
     Index count() const { return samples * down * across; }
     Place place(Index column) const {
         const Index j = column % across, i = column / across % down;
@@ -52,7 +56,7 @@ template <class T, int EDGE>
 struct Patch {
     T* data;
     Index first, row_step, col_step;  // first: offset of the tile's first element, which need not exist
-    int top, bottom, left, right;
+    int top, bottom, left, right, ragged;  // ragged: the column that lacks channels
 
     Patch(const Image<T>& image, const Place& place, Index plane)
         : data(image.data),
@@ -61,12 +65,13 @@ struct Patch {
           row_step(image.stride[2]),
           col_step(image.stride[3]),
           top(int(clip(-place.row, 0, EDGE))),
-          bottom(int(clip(image.extent[1] - place.row, top, EDGE))),
+          bottom(int(clip(image.extent[1] - (plane >= image.complete) - place.row, top, EDGE))),
           left(int(clip(-place.col, 0, EDGE))),
-          right(int(clip(image.extent[2] - place.col, left, EDGE))) {
+          right(int(clip(image.extent[2] - place.col, left, EDGE))),
+          ragged(image.lacked && image.extent[2] - place.col <= EDGE ? right - 1 : EDGE) {
         if (plane < 0 || plane >= image.extent[0]) bottom = top;
     }
-    bool whole() const { return top == 0 && left == 0 && bottom == EDGE && right == EDGE; }
+    bool whole() const { return top == 0 && left == 0 && bottom == EDGE && right == EDGE && ragged == EDGE; }
     bool empty() const { return top == bottom || left == right; }
     bool has(int i, int j) const { return i >= top && i < bottom && j >= left && j < right; }
     T* at(int i, int j) const { return data + (first + i * row_step + j * col_step); }
@@ -112,14 +117,18 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
             float* first = to.panel(panel) + row * width * W;
             for (int j = 0; j < width; ++j) {
                 const Index channel = (to.first(panel) + j) * W, point = to.point;
-                const auto write = [=](int f, int g, V v) { store(first + j * W + (f * INPUTS + g) * point, v); };
+                const auto write = [=](int f, int g, V v) { store(first + j * W + (f * Transform::TO + g) * point, v); };
                 if (empty) {
-                    for (int f = 0; f < POINTS; ++f) write(0, f, V{});
+                    for (int f = 0; f < to.points; ++f) write(0, f, V{});
                     continue;
                 }
                 with_lanes(image.channels - channel, whole, [&](auto lanes, auto all) {
                     both_dims<Transform>([&](int f, int g) {
-                        return all || patch.has(f, g) ? lanes.read(patch.at(f, g) + channel) : V{};
+                        if (all) return lanes.read(patch.at(f, g) + channel);
+                        if (!patch.has(f, g)) return V{};
+                        if (g < patch.ragged) return lanes.read(patch.at(f, g) + channel);
+                        return load(patch.at(f, g) + channel,
+                                    int(clip(image.channels - image.lacked - channel, 0, W)));
                     }, write);
                 });
             }
@@ -128,7 +137,7 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
 }
 
 // The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL.
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
                    Index last, const Epilogue&);
 
@@ -141,7 +150,7 @@ struct Seam {
 // The panels [first, last) of the products `from` become shares of the gradient by the inputs. Each tile covers
 // KERNEL - 1 rows and columns that the tiles above and to the left cover too: as tiles come in the order of their
 // numbers, the first one there stores and later ones add. Shares of the rows of a seam go there.
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void write_input_gradients(const Image<float>& dx, const Tiles& tiles, const Block& block, const Matrices& from,
                            Index first, Index last, const Seam& seam);
 
