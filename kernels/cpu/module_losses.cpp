@@ -182,8 +182,8 @@ void define_losses(nb::module_& m) {
     for (const char* name : {"softmax", "softmax_dx", "cross_entropy", "cross_entropy_dx", "label_scores",
                              "pointwise_loss", "pointwise_loss_dx", "agreement"}) {
         refuse_others(m, name,
-                      "takes NumPy arrays of one type, float32 or float64 (labels of any integer type), outputs "
-                      "writeable");
+                      "takes NumPy arrays of one type, float32, float64 or, as uint16, bf16 (weights, losses and "
+                      "probabilities beside bf16 float32, labels of any integer type), outputs writeable");
     }
 }
 
