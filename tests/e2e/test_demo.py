@@ -11,9 +11,9 @@ import pytest
 import runs
 
 
-def demo(name: str, folder: Path) -> dict[str, float]:
+def demo(name: str, folder: Path, *words: str) -> dict[str, float]:
     """Run one demonstration on 4 ranks; the record of its last epoch."""
-    command = [sys.executable, "-m", "hpctrain", "demo", name, "--folder", folder]
+    command = [sys.executable, "-m", "hpctrain", "demo", name, "--folder", folder, *words]
     ended = launching.run(command, timeout=400)
     assert ended.status == 0, ended.stderr
     plan = json.loads((folder / "run-1" / "plan.json").read_text())
