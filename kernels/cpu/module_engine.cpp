@@ -70,8 +70,8 @@ const float* bias_of(const char* name, const Bias& bias, Index columns) {
 }
 
 // Winograd's convolution where it is faster, unless the result must be exact to the rounding of its sums.
-const Winograd* winograd(const Engine& e, const Convolution& c, bool exact) {
-    return !exact && e.winograd->fits(c) && e.winograd->cost(c) < 1 ? e.winograd : nullptr;
+const Winograd* winograd(const Engine& e, const Convolution& c, bool exact, bool dx = false) {
+    return !exact && e.winograd->fits(c) && (dx ? e.winograd->cost_dx : e.winograd->cost)(c) < 1 ? e.winograd : nullptr;
 }
 
 void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, const Bias& bias,
@@ -90,7 +90,8 @@ void conv_floats(I x, I w, O out, const Numbers& stride, const Numbers& dilation
 void conv_dx_floats(I dy, I w, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
     const Engine& e = engine();
-    if (const Winograd* faster = winograd(e, c, exact)) return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
+    if (const Winograd* faster = winograd(e, c, exact, true))
+        return faster->conv_dx(c, dy.data(), w.data(), out.data(), {});
     Scratch scratch;
     float* packed = scratch.array<float>(e.packed_dx_size(c));
     e.pack_dx(c, w.data(), packed);
@@ -136,13 +137,19 @@ Convolution winograd_convolution(const char* name, const X& x, const Y& w, const
                "outputs, not weights " +
                    shape_of(w) + " over " + shape_of(x));
     }
-    const Index most = 6 - c.kernel[1];
-    if (anchor.size() != 2 || anchor[0] < 0 || anchor[0] > most || anchor[1] < 0 || anchor[1] > most)
-        refuse(name, "anchor needs two numbers from 0 to " + std::to_string(most) + ", for height and width");
+    const Index small = c.kernel[1] == 3 ? 4 : 6, edge = anchor.size() == 3 ? anchor[2] : 6, most = edge - c.kernel[1];
+    if (anchor.size() < 2 || anchor.size() > 3 || (edge != small && edge != small + 2) || anchor[0] < 0 ||
+        anchor[0] > most || anchor[1] < 0 || anchor[1] > most) {
+        refuse(name, "anchor needs two numbers from 0 to " + std::to_string(most) +
+                         ", for height and width, and maybe a third one, the points of a tile per dim: " +
+                         std::to_string(small) + " or " + std::to_string(small + 2));
+    }
     return c;
 }
 
-TileAnchor anchor_of(const Numbers& anchor) { return {int(anchor[0]), int(anchor[1])}; }
+TileAnchor anchor_of(const Numbers& anchor) {
+    return {int(anchor[0]), int(anchor[1]), anchor.size() == 3 ? int(anchor[2]) : 6};
+}
 
 void winograd_conv(I x, I w, O out, Index groups, const Bias& bias, bool accumulate, const Numbers& anchor,
                    double slope) {

@@ -2,8 +2,35 @@
 // an element gets from several windows are always added in the same order.
 #include "kernels.h"
 
+#include <cstring>
+
 namespace hpctrain {
 namespace {
+
+// Fewer channels than a vector has: all but the last positions of a row also read and write what lies behind their
+// channels. There are the next positions, which are there to be read, and to be written after them.
+constexpr Index NARROW = 8;
+typedef float Values __attribute__((vector_size(NARROW * sizeof(float))));
+typedef std::int32_t Places __attribute__((vector_size(NARROW * sizeof(std::int32_t))));
+
+HPCTRAIN_CLONES void max_narrow_rows(Index rows, Index channels, const Index* taps, std::int32_t tap_count,
+                                     const float* x, Index x_step, float* out, std::int32_t* index) {
+    for (Index r = 0; r < rows; ++r, x += x_step, out += channels, index += channels) {
+        Values best;
+        std::memcpy(&best, x + taps[0], sizeof best);
+        Places winner{};
+        for (std::int32_t tap = 1; tap < tap_count; ++tap) {
+            Values value;
+            std::memcpy(&value, x + taps[tap], sizeof value);
+            const Places first_nan = (value != value) & (best == best);
+            const Places better = (value > best) | first_nan;
+            best = better ? value : best;
+            winner = better ? Places{} + tap : winner;
+        }
+        std::memcpy(out, &best, sizeof best);
+        std::memcpy(index, &winner, sizeof winner);
+    }
+}
 
 template <class T>
 HPCTRAIN_CLONES void max_rows(Index rows, Index channels, const Index* taps, std::int32_t tap_count, const T* x,
@@ -33,8 +60,17 @@ void max_pool(const Layout<3>& layout, Index channels, const Index* taps, std::i
     const auto& step = layout.stride[layout.dims - 1];
     for (Cursor<3> cursor(layout); cursor.left() > 0; cursor.skip(cursor.run())) {
         const auto& at = cursor.offset();
-        max_rows(cursor.run(), channels, taps, tap_count, x + at[0], step[0], out + at[1], step[1], index + at[2],
-                 step[2]);
+        const Index rows = cursor.run();
+        Index done = 0;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            const bool side_by_side = step[0] >= channels && step[1] == channels && step[2] == channels;
+            if (0 < channels && channels < NARROW && side_by_side && rows > (NARROW - 1) / channels) {
+                done = rows - (NARROW - 1) / channels;
+                max_narrow_rows(done, channels, taps, tap_count, x + at[0], step[0], out + at[1], index + at[2]);
+            }
+        }
+        max_rows(rows - done, channels, taps, tap_count, x + at[0] + done * step[0], step[0],
+                 out + at[1] + done * step[1], step[1], index + at[2] + done * step[2], step[2]);
     }
 }
 

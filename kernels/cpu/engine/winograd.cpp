@@ -13,21 +13,42 @@ bool winograd_fits(const Convolution& c) {
     return c.samples > 0 && c.output[0] > 0 && c.output[1] > 0 && c.output[2] > 0;
 }
 
-// Counts vector operations, as measured: a tile takes about 250 for the transforms of each vector of channels, on
-// either side, however many filters share them, and weights 400 for each vector of them, however many tiles there are.
-// So few channels, filters or tiles do not pay, nor do tiles that lie mostly outside of the outputs.
-double winograd_cost(const Convolution& c) {
-    using namespace winograd;
-    constexpr double TILE = 250, KERNEL = 400, EFFICIENCY = 0.8;
-    const Tiles tiles(c, {});
-    const double products = double(c.kernel[0]) * double(c.channels) * double(c.filters) / W;
-    const double transforms = TILE * double(ceil_div(c.channels, W) + ceil_div(c.filters, W));
-    const double direct = double(c.kernel[1] * c.kernel[2] * c.output[1] * c.output[2]) * products;
-    const double images = double(c.samples) * double(c.output[0]);
-    const double operations = images * double(tiles.down * tiles.across) * (POINTS * products + transforms);
-    return (operations + KERNEL * products) / (EFFICIENCY * images * direct);
+namespace winograd {
+namespace {
+
+// Vector operations of a pass that sums over `terms` for each of `results`, as measured: a point of a tile takes about
+// edge + 1 for the transforms of each vector of channels, on either side, however many filters share them, and a point
+// of the weights 11 for each vector of them, however many tiles there are. So few channels, filters or tiles do not
+// pay, nor do tiles that lie mostly outside of the outputs.
+double operations(const Convolution& c, int edge, Index terms, Index results) {
+    constexpr double KERNEL = 11;
+    const Tiles tiles(c, edge, {});
+    const double products = double(c.kernel[0] * terms * ceil_div(results, W));
+    const double transforms = double(edge + 1) * double(ceil_div(terms, W) + ceil_div(results, W));
+    return double(tiles.points()) *
+           (double(tiles.count() * c.output[0]) * (products + transforms) + KERNEL * products);
 }
 
-const Winograd WINOGRAD = {winograd_fits, winograd_cost, winograd_conv, winograd_dx, winograd_dw};
+double cost(const Convolution& c, Index terms, Index results) {
+    constexpr double EFFICIENCY = 0.8;
+    const double direct = double(c.samples * c.output[0] * c.output[1] * c.output[2] * c.taps() * terms) *
+                          double(ceil_div(results, W));
+    return operations(c, best_edge(c), terms, results) / (EFFICIENCY * direct);
+}
+
+}  // namespace
+
+int best_edge(const Convolution& c) {
+    const int small = c.kernel[1] == 3 ? 4 : 6;
+    const bool smaller = operations(c, small, c.channels, c.filters) < operations(c, small + 2, c.channels, c.filters);
+    return smaller ? small : small + 2;
+}
+
+}  // namespace winograd
+
+double winograd_cost(const Convolution& c) { return winograd::cost(c, c.channels, c.filters); }
+double winograd_cost_dx(const Convolution& c) { return winograd::cost(c, c.filters, c.channels); }
+
+const Winograd WINOGRAD = {winograd_fits, winograd_cost, winograd_cost_dx, winograd_conv, winograd_dx, winograd_dw};
 
 }  // namespace hpctrain::HPCTRAIN_ISA

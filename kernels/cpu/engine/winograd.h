@@ -1,5 +1,6 @@
-// Winograd's convolution: 36 products per channel and filter give 4 x 4 outputs of a kernel 3 x 3, instead of 144, or
-// 2 x 2 outputs of a kernel 5 x 5, instead of 100.
+// Winograd's convolution: 36 products per channel and filter give 4 x 4 outputs of a kernel 3 x 3, instead of 144, and
+// 64 give 4 x 4 outputs of a kernel 5 x 5, instead of 400. For images of which such tiles cover too much: 16 for 2 x 2
+// outputs instead of 36, 36 for 2 x 2 instead of 100.
 //
 // For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps.
 // Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h).
@@ -11,9 +12,10 @@
 namespace hpctrain {
 
 // Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger
-// image, cut anywhere, can have their tiles where the whole image has them.
+// image, cut anywhere, can have their tiles where the whole image has them. And how many points a tile has per dim: 4 or
+// 6 for kernels 3 x 3, 6 or 8 for 5 x 5; 0 is what takes the fewest operations.
 struct TileAnchor {
-    int h = 0, w = 0;
+    int h = 0, w = 0, edge = 0;
 };
 
 // The functions of one instruction set. Arrays and their meaning as in Engine; weights are transformed on the way, as
@@ -21,8 +23,9 @@ struct TileAnchor {
 struct Winograd {
     // Whether the functions below can compute it.
     bool (*fits)(const Convolution&);
-    // Their time relative to that of a direct convolution in float, about.
+    // Their time relative to that of a direct convolution in float, about; `cost` for y and dw, `cost_dx` for dx.
     double (*cost)(const Convolution&);
+    double (*cost_dx)(const Convolution&);
 
     void (*conv)(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);
     void (*conv_dx)(const Convolution&, const float* dy, const float* w, float* dx, TileAnchor);
@@ -45,6 +48,7 @@ namespace HPCTRAIN_ISA {
 // --- winograd.cpp ---
 bool winograd_fits(const Convolution&);
 double winograd_cost(const Convolution&);
+double winograd_cost_dx(const Convolution&);
 
 // --- winograd_conv.cpp ---
 void winograd_conv(const Convolution&, const float* x, const float* w, const Epilogue&, float* y, TileAnchor);

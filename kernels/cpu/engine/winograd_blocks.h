@@ -15,9 +15,9 @@ inline Index most(Index a, Index b) { return a > b ? a : b; }
 // Rows of a block of tiles that many blocks of one thread have. What is read and written for it should fill half of the
 // second-level cache; where the weights do not fit beside it, they come from further away for each block, which then
 // should be larger. Multiples of 24 leave no partly filled register tiles.
-inline Index block_rows(Index weights, Index channels) {
+inline Index block_rows(int points, Index weights, Index channels) {
     constexpr Index UNIT = 24;
-    const Index fitting = CACHE_FLOATS / 2 / (POINTS * most(channels, 1)) / UNIT * UNIT;
+    const Index fitting = CACHE_FLOATS / 2 / (points * most(channels, 1)) / UNIT * UNIT;
     return least(most(fitting, weights > CACHE_FLOATS ? 2 * UNIT : UNIT), 8 * UNIT);
 }
 
@@ -35,6 +35,22 @@ inline Block share(const Tiles& tiles, Index planes, int thread, int threads) {
     }
     const Index rows = tiles.samples * tiles.down, row = rows * thread / threads;
     return {row * tiles.across, (rows * (thread + 1) / threads - row) * tiles.across, 0, planes};
+}
+
+// Points of a tile per dim with which a convolution takes the fewest operations.
+int best_edge(const Convolution& c);
+
+template <int KERNEL_, int EDGE_>
+struct Scheme {
+    static constexpr int KERNEL = KERNEL_, EDGE = EDGE_;
+};
+
+// Calls work(Scheme<kernel, edge>()) for what a convolution has and `anchor` asks for.
+template <class Work>
+inline void with_scheme(const Convolution& c, const TileAnchor& anchor, Work work) {
+    const int edge = anchor.edge ? anchor.edge : best_edge(c);
+    if (c.kernel[1] == 5) return edge == 8 ? work(Scheme<5, 8>()) : work(Scheme<5, 6>());
+    edge == 4 ? work(Scheme<3, 4>()) : work(Scheme<3, 6>());
 }
 
 // Calls work(block) for the blocks of at most this size in order.

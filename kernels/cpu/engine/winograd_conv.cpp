@@ -18,7 +18,7 @@ struct Pass {
     int lead;      // planes of the source before plane 0 that the first one of the result reads
 };
 
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 struct Forward : Pass {
     Image<const float> x;
     Filters<const float> w;
@@ -26,13 +26,13 @@ struct Forward : Pass {
     Epilogue epilogue;
 
     void read(const Block& block, const Matrices& to, Index begin, Index end) const {
-        read_tiles<Input>(x, tiles, block, to, begin, end);
+        read_tiles<Input<EDGE>>(x, tiles, block, to, begin, end);
     }
     void pack(Index first, int width, Index begin, Index end, float* to, Index point) const {
-        pack_filters<KERNEL>(w, first, width, begin, end, to, point);
+        pack_filters<KERNEL, EDGE>(w, first, width, begin, end, to, point);
     }
     void write(const Block& block, const Matrices& from, Index first, Index last, const Seam&) const {
-        write_outputs<KERNEL>(y, tiles, block, from, first, last, epilogue);
+        write_outputs<KERNEL, EDGE>(y, tiles, block, from, first, last, epilogue);
     }
     // tiles of y do not overlap
     Index seam_floats() const { return 0; }
@@ -41,20 +41,20 @@ struct Forward : Pass {
     void close(const Seam&, Index, Index) const {}
 };
 
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 struct Backward : Pass {
     Image<const float> dy;
     Filters<const float> w;
     Image<float> dx;
 
     void read(const Block& block, const Matrices& to, Index begin, Index end) const {
-        read_tiles<OutputAdjoint<KERNEL>>(dy, tiles, block, to, begin, end);
+        read_tiles<OutputAdjoint<KERNEL, EDGE>>(dy, tiles, block, to, begin, end);
     }
     void pack(Index first, int width, Index begin, Index end, float* to, Index point) const {
-        pack_channels<KERNEL>(w, first, width, begin, end, to, point);
+        pack_channels<KERNEL, EDGE>(w, first, width, begin, end, to, point);
     }
     void write(const Block& block, const Matrices& from, Index first, Index last, const Seam& seam) const {
-        write_input_gradients<KERNEL>(dx, tiles, block, from, first, last, seam);
+        write_input_gradients<KERNEL, EDGE>(dx, tiles, block, from, first, last, seam);
     }
 
     // The rows that the first row of tiles of a thread's share has in common with the thread before.
@@ -87,7 +87,7 @@ struct Backward : Pass {
 // Terms of one run of sums, of all depth taps.
 inline Index run_terms(const Pass& pass) { return pass.taps == 1 ? RUN : most(W, RUN / pass.taps / W * W); }
 
-// One of the POINTS products: sums over a run of terms [begin, end) into a panel of m; `right` is that run of the panel
+// One of the products: sums over a run of terms [begin, end) into a panel of m; `right` is that run of the panel
 // of weights.
 inline void multiply(const Pass& pass, const Block& block, const Matrices& v, const Matrices& m, Index panel,
                      Index begin, Index end, const float* right, Index right_point, int point) {
@@ -104,7 +104,8 @@ inline Block source_of(const Pass& pass, const Block& block) {
 template <class P>
 void by_tiles(const P& pass) {
     Scratch scratch;
-    Matrices u(pass.taps * pass.terms, pass.results, TILE_VECTORS);
+    const int points = pass.tiles.points();
+    Matrices u(points, pass.taps * pass.terms, pass.results, TILE_VECTORS);
     u.data = scratch.array<float>(u.floats());
     const Index run = run_terms(pass), runs = ceil_div(pass.terms, run);
     in_threads([&](int thread, int threads) {
@@ -116,9 +117,9 @@ void by_tiles(const P& pass) {
         }
     });
 
-    const Block size = block_size(pass.planes, block_rows(u.floats(), pass.terms + pass.results));
-    const Index v_floats = Matrices(source_of(pass, size).rows(), pass.terms, 1).floats();
-    const Index m_floats = Matrices(size.rows(), pass.results, TILE_VECTORS).floats();
+    const Block size = block_size(pass.planes, block_rows(points, u.floats(), pass.terms + pass.results));
+    const Index v_floats = Matrices(points, source_of(pass, size).rows(), pass.terms, 1).floats();
+    const Index m_floats = Matrices(points, size.rows(), pass.results, TILE_VECTORS).floats();
     const int threads_at_most = thread_count();
     float* memory = scratch.array<float>(threads_at_most * (v_floats + m_floats));
     float* seams = scratch.array<float>(threads_at_most * pass.seam_floats());
@@ -126,10 +127,10 @@ void by_tiles(const P& pass) {
         const Block all = share(pass.tiles, pass.planes, thread, threads);
         const Seam seam = pass.seam(all, seams + thread * pass.seam_floats());
         each_block(all, size, [&](const Block& block) {
-            Matrices v(source_of(pass, block).rows(), pass.terms, 1), m(block.rows(), pass.results, TILE_VECTORS);
+            Matrices v(points, source_of(pass, block).rows(), pass.terms, 1), m(points, block.rows(), pass.results, TILE_VECTORS);
             v.data = memory + thread * (v_floats + m_floats), m.data = v.data + v_floats;
             pass.read(source_of(pass, block), v, 0, v.rows);
-            for (int point = 0; point < POINTS; ++point) {
+            for (int point = 0; point < points; ++point) {
                 for (Index panel = 0; panel < u.panels; ++panel) {
                     for (Index begin = 0; begin < pass.terms || begin == 0; begin += run) {
                         multiply(pass, block, v, m, panel, begin, least(begin + run, pass.terms),
@@ -157,31 +158,32 @@ void by_tiles(const P& pass) {
 // their use and never leave the second-level cache.
 template <class P>
 void by_weights(const P& pass) {
+    const int points = pass.tiles.points();
     const Index run = run_terms(pass);
     const Block size = block_size(pass.planes, FEW_ROWS);
-    const Index u_floats = Matrices(run * pass.taps, TILE_VECTORS * W, TILE_VECTORS).floats();
-    const Index m_floats = Matrices(size.rows(), TILE_VECTORS * W, TILE_VECTORS).floats();
+    const Index u_floats = Matrices(points, run * pass.taps, TILE_VECTORS * W, TILE_VECTORS).floats();
+    const Index m_floats = Matrices(points, size.rows(), TILE_VECTORS * W, TILE_VECTORS).floats();
     Scratch scratch;
-    float* tiles = scratch.array<float>(Matrices(source_of(pass, size).rows(), pass.terms, 1).floats());
+    float* tiles = scratch.array<float>(Matrices(points, source_of(pass, size).rows(), pass.terms, 1).floats());
     float* memory = scratch.array<float>(thread_count() * (u_floats + m_floats));
     each_block({0, pass.tiles.count(), 0, pass.planes}, size, [&](const Block& block) {
         const Block source = source_of(pass, block);
-        Matrices v(source.rows(), pass.terms, 1);
+        Matrices v(points, source.rows(), pass.terms, 1);
         v.data = tiles;
         in_threads([&](int thread, int threads) {
             pass.read(source, v, v.rows * thread / threads, v.rows * (thread + 1) / threads);
         });
         in_threads([&](int thread, int threads) {
             float* right = memory + thread * (u_floats + m_floats);
-            Matrices m(block.rows(), pass.results, TILE_VECTORS);
-            m.point = m_floats / POINTS;
+            Matrices m(points, block.rows(), pass.results, TILE_VECTORS);
+            m.point = m_floats / points;
             for (Index panel = thread; panel < m.panels; panel += threads) {
                 m.data = right + (u_floats - m.offset(panel));  // there is room for this panel only
                 for (Index begin = 0; begin < pass.terms || begin == 0; begin += run) {
                     const Index end = least(begin + run, pass.terms);
-                    pass.pack(m.first(panel), m.width(panel), begin, end, right, u_floats / POINTS);
-                    for (int point = 0; point < POINTS; ++point)
-                        multiply(pass, block, v, m, panel, begin, end, right, u_floats / POINTS, point);
+                    pass.pack(m.first(panel), m.width(panel), begin, end, right, u_floats / points);
+                    for (int point = 0; point < points; ++point)
+                        multiply(pass, block, v, m, panel, begin, end, right, u_floats / points, point);
                 }
                 pass.write(block, m, panel, panel + 1, {});
             }
@@ -191,17 +193,17 @@ void by_weights(const P& pass) {
 
 template <class P>
 void compute(const P& pass) {
-    const Index weights = POINTS * pass.taps * pass.terms * pass.results;
+    const Index weights = pass.tiles.points() * pass.taps * pass.terms * pass.results;
     const bool few = pass.tiles.count() * pass.planes <= FEW_ROWS && weights > CACHE_FLOATS;
     few && thread_count() <= ceil_div(pass.results, TILE_VECTORS * W) ? by_weights(pass) : by_tiles(pass);
 }
 
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void forward(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
              TileAnchor anchor) {
     const float* bias = epilogue.bias;
     for (Index g = 0; g < c.groups; ++g) {
-        compute(Forward<KERNEL>{{Tiles(c, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
+        compute(Forward<KERNEL, EDGE>{{Tiles(c, EDGE, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
                                 {x + g * c.channels, c.x, c.input, c.channels},
                                 {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
                                 {y + g * c.filters, c.y, c.output, c.filters},
@@ -209,11 +211,11 @@ void forward(const Convolution& c, const float* x, const float* w, const Epilogu
     }
 }
 
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void backward(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {
     const int taps = int(c.kernel[0]);
     for (Index g = 0; g < c.groups; ++g) {
-        compute(Backward<KERNEL>{{Tiles(c, anchor), taps, c.filters, c.channels, c.input[0], taps - 1},
+        compute(Backward<KERNEL, EDGE>{{Tiles(c, EDGE, anchor), taps, c.filters, c.channels, c.input[0], taps - 1},
                                  {dy + g * c.filters, c.y, c.output, c.filters},
                                  {w + g * c.filters, c.w, c.channels, c.filters, taps},
                                  {dx + g * c.channels, c.x, c.input, c.channels}});
@@ -225,13 +227,15 @@ void backward(const Convolution& c, const float* dy, const float* w, float* dx, 
 
 void winograd_conv(const Convolution& c, const float* x, const float* w, const Epilogue& epilogue, float* y,
                    TileAnchor anchor) {
-    const auto pass = c.kernel[1] == 5 ? winograd::forward<5> : winograd::forward<3>;
-    pass(c, x, w, epilogue, y, anchor);
+    winograd::with_scheme(c, anchor, [&](auto scheme) {
+        winograd::forward<scheme.KERNEL, scheme.EDGE>(c, x, w, epilogue, y, anchor);
+    });
 }
 
 void winograd_dx(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {
-    const auto pass = c.kernel[1] == 5 ? winograd::backward<5> : winograd::backward<3>;
-    pass(c, dy, w, dx, anchor);
+    winograd::with_scheme(c, anchor, [&](auto scheme) {
+        winograd::backward<scheme.KERNEL, scheme.EDGE>(c, dy, w, dx, anchor);
+    });
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -1,4 +1,4 @@
-// The 36 matrices of transformed tiles or weights, and their products.
+// The matrices of transformed tiles or weights, and their products.
 #pragma once
 
 #include "simd.h"
@@ -12,18 +12,19 @@ constexpr Index RUN = 64;
 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
-// POINTS matrices of `rows` rows and `vectors` vectors, in panels of at most `most` vectors; panels lie one after the
+// `points` matrices of `rows` rows and `vectors` vectors, in panels of at most `most` vectors; panels lie one after the
 // other, each with its rows one after the other.
 struct Matrices {
     float* data = nullptr;
+    int points;
     Index rows, vectors, panels, point;  // point: floats from one matrix to the next
 
-    Matrices(Index rows, Index columns, int most)
-        : rows(rows), vectors(ceil_div(columns, W)), panels(ceil_div(vectors, most)), point(rows * vectors * W) {
-        // An odd number of cache lines: a power of two would map the 36 matrices to the same few sets of the cache.
+    Matrices(int points, Index rows, Index columns, int most)
+        : points(points), rows(rows), vectors(ceil_div(columns, W)), panels(ceil_div(vectors, most)), point(rows * vectors * W) {
+        // An odd number of cache lines: a power of two would map the matrices to the same few sets of the cache.
         point = (ceil_div(point, 16) | 1) * 16;
     }
-    Index floats() const { return POINTS * point; }
+    Index floats() const { return points * point; }
     Index first(Index panel) const { return panel * vectors / panels; }  // its first vector
     int width(Index panel) const { return int(first(panel + 1) - first(panel)); }
     Index offset(Index panel) const { return first(panel) * rows * W; }

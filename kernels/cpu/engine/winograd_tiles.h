@@ -23,15 +23,18 @@ struct Place {
 
 // The tiles of a plane of all samples, numbered sample by sample, row by row.
 struct Tiles {
+    int edge;                              // points of a tile per dim
     Index samples, outputs, down, across;  // outputs: of a tile, in either dim
     TileAnchor anchor;
 
-    Tiles(const Convolution& c, TileAnchor anchor)
-        : samples(c.samples),
-          outputs(outputs_of(int(c.kernel[1]))),
+    Tiles(const Convolution& c, int edge, TileAnchor anchor)
+        : edge(edge),
+          samples(c.samples),
+          outputs(outputs_of(int(c.kernel[1]), edge)),
           down(ceil_div(c.output[1] + anchor.h, outputs)),
           across(ceil_div(c.output[2] + anchor.w, outputs)),
           anchor(anchor) {}
+    int points() const { return edge * edge; }
     Index count() const { return samples * down * across; }
     Place place(Index column) const {
         const Index j = column % across, i = column / across % down;
@@ -112,9 +115,9 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
             float* first = to.panel(panel) + row * width * W;
             for (int j = 0; j < width; ++j) {
                 const Index channel = (to.first(panel) + j) * W, point = to.point;
-                const auto write = [=](int f, int g, V v) { store(first + j * W + (f * INPUTS + g) * point, v); };
+                const auto write = [=](int f, int g, V v) { store(first + j * W + (f * Transform::TO + g) * point, v); };
                 if (empty) {
-                    for (int f = 0; f < POINTS; ++f) write(0, f, V{});
+                    for (int f = 0; f < to.points; ++f) write(0, f, V{});
                     continue;
                 }
                 with_lanes(image.channels - channel, whole, [&](auto lanes, auto all) {
@@ -128,7 +131,7 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
 }
 
 // The panels [first, last) of the products `from` become outputs of a kernel KERNEL x KERNEL.
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void write_outputs(const Image<float>& y, const Tiles& tiles, const Block& block, const Matrices& from, Index first,
                    Index last, const Epilogue&);
 
@@ -141,7 +144,7 @@ struct Seam {
 // The panels [first, last) of the products `from` become shares of the gradient by the inputs. Each tile covers
 // KERNEL - 1 rows and columns that the tiles above and to the left cover too: as tiles come in the order of their
 // numbers, the first one there stores and later ones add. Shares of the rows of a seam go there.
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void write_input_gradients(const Image<float>& dx, const Tiles& tiles, const Block& block, const Matrices& from,
                            Index first, Index last, const Seam& seam);
 

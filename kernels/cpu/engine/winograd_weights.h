@@ -18,18 +18,18 @@ struct Filters {
     }
 };
 
-// Terms [begin, end) of one panel of filters, to `to`: POINTS matrices, `point` floats apart, of rows (tap, channel).
-template <int KERNEL>
+// Terms [begin, end) of one panel of filters, to `to`: matrices, `point` floats apart, of rows (tap, channel).
+template <int KERNEL, int EDGE>
 void pack_filters(const Filters<const float>& w, Index first_vector, int width, Index begin, Index end, float* to,
                   Index point);
 
 // The same for the gradient by the inputs: a panel of channels, rows (tap, filter), the last depth tap first.
-template <int KERNEL>
+template <int KERNEL, int EDGE>
 void pack_channels(const Filters<const float>& w, Index first_vector, int width, Index begin, Index end, float* to,
                    Index point);
 
-// dw of W channels from `channel` on and of a panel of filters, at one depth tap, from POINTS matrices of W rows.
-template <int KERNEL>
+// dw of W channels from `channel` on and of a panel of filters, at one depth tap, from matrices of W rows.
+template <int KERNEL, int EDGE>
 void write_weight_gradients(const Filters<float>& dw, int tap, Index channel, Index first_vector, int width,
                             const float* from, Index point);
 
