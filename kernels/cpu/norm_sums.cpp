@@ -55,6 +55,47 @@ HPCTRAIN_CLONES TwoSums gradient_block(Index n, const S* dy, const S* x, const d
             sum_of(n, [=](Index i) { return wide(dy[i]) * ((wide(x[i]) - mean[i]) * rstd[i]); })};
 }
 
+// The same for rows of n contiguous elements, a statistic each.
+template <class S>
+HPCTRAIN_CLONES void moments_rows(Index rows, Index n, const std::array<Index, 2>& step, const S* x, double* mean,
+                                  double* m2) {
+    for (Index r = 0; r < rows; ++r, x += step[0], mean += step[1], m2 += step[1]) {
+        const double center = sum_of(n, [=](Index i) { return wide(x[i]); }) / double(n);
+        *mean = center;
+        *m2 = sum_of(n, [=](Index i) { return (wide(x[i]) - center) * (wide(x[i]) - center); });
+    }
+}
+
+template <class S>
+HPCTRAIN_CLONES void gradient_by_row(Index rows, Index n, const std::array<Index, 4>& step, const S* dy, const S* x,
+                                     const double* mean, const double* rstd, double* sum_dy, double* sum_dy_xhat) {
+    for (Index r = 0; r < rows; ++r) {
+        const double center = *mean;
+        *sum_dy = sum_of(n, [=](Index i) { return wide(dy[i]); });
+        *sum_dy_xhat = sum_of(n, [=](Index i) { return wide(dy[i]) * (wide(x[i]) - center); }) * *rstd;
+        dy += step[0], x += step[1], mean += step[2], rstd += step[2], sum_dy += step[3], sum_dy_xhat += step[3];
+    }
+}
+
+// Whether each statistic is of one run of contiguous elements of the first `arrays` arrays that a block holds.
+template <int N>
+bool short_rows(const Layout<N>& summed, size_t arrays) {
+    bool found = summed.dims == 1 && summed.extent[0] > 0 && summed.extent[0] <= BLOCK;
+    for (size_t i = 0; i < arrays; ++i) found = found && summed.stride[0][i] == 1;
+    return found;
+}
+
+// Calls work(rows, offsets, strides) for pieces of `kept`, each of whose positions stands for n elements.
+template <int N, class Work>
+void by_pieces(const Layout<N>& kept, Index n, Work work) {
+    const Index size = kept.size(), chunk = std::max<Index>(1, TASK / n);
+    in_tasks(parts(size, chunk), size * n, [&](Index task) {
+        by_span(kept, task * chunk, std::min(size, (task + 1) * chunk), [&](Index rows, auto& at) {
+            work(rows, at, kept.stride[size_t(kept.dims - 1)]);
+        });
+    });
+}
+
 template <class T>
 void gather(Index n, const T* from, Index step, T* to) {
     for (Index i = 0; i < n; ++i) to[i] = from[i * step];
@@ -74,7 +115,6 @@ void fill(Index& filled, Index count, Work work, Flush flush) {
 // Elements [begin, end) of one statistic.
 template <class S>
 Moments moments_span(const Layout<1>& layout, Index begin, Index end, const S* x) {
-    if (layout.dims == 1 && layout.stride[0][0] == 1 && end - begin <= BLOCK) return moments_block(end - begin, x + begin);
     S block[BLOCK];
     Moments total;
     Index filled = 0;
@@ -98,8 +138,6 @@ bool fixed(const Layout<N>& layout, size_t i) {
 template <class S>
 TwoSums gradient_span(const Layout<3>& layout, bool one, Index begin, Index end, const S* dy, const S* x,
                       const double* mean, const double* rstd) {
-    if (one && layout.dims == 1 && layout.stride[0][0] == 1 && layout.stride[0][1] == 1 && end - begin <= BLOCK)
-        return gradient_block(end - begin, dy + begin, x + begin, *mean, *rstd);
     S g[BLOCK], v[BLOCK];
     double m[BLOCK], r[BLOCK];
     TwoSums total;
@@ -216,6 +254,12 @@ void moments_of(const Reduction<1>& over, const S* x, double* mean, double* m2) 
         });
         return;
     }
+    if (short_rows(over.summed, 1)) {
+        const Index n = over.summed.size();
+        return by_pieces(over.kept, n, [&](Index rows, auto& at, auto& step) {
+            moments_rows(rows, n, step, x + at[0], mean + at[1], m2 + at[1]);
+        });
+    }
     by_statistic<Moments>(
         over.kept, over.summed.size(),
         [&](Index begin, Index end, auto& at) {
@@ -246,6 +290,13 @@ void normalize_grad_of(const Reduction<3>& over, bool each, const S* dy, const S
         });
     }
     if (over.columns > 0) return gradient_columns(over, each, dy, x, mean, rstd, sum_dy, sum_dy_xhat);
+    if (one && short_rows(over.summed, 2)) {
+        const Index n = over.summed.size();
+        return by_pieces(over.kept, n, [&](Index rows, auto& at, auto& step) {
+            gradient_by_row(rows, n, step, dy + at[0], x + at[1], mean + at[2], rstd + at[2], sum_dy + at[3],
+                            sum_dy_xhat + at[3]);
+        });
+    }
     by_statistic<TwoSums>(
         over.kept, over.summed.size(),
         [&](Index begin, Index end, auto& at) {
