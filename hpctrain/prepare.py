@@ -6,12 +6,15 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+from msgspec import structs
+
 from hpctrain import models
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.errors import ConfigError, DataError, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Input
+from hpctrain.memory import mib
 from hpctrain.partition import Shape
 from hpctrain.planner import memory
 from hpctrain.planner import plan as plans
@@ -88,4 +91,15 @@ def needed(config: Config) -> str:
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:
     """Which rank needs most memory, and how much; of the first `among`, as these have the longer blocks."""
     rank, need = memory.largest(memory.of_run(config, graph, plan, range(min(plan.ranks, among))))
-    return f"rank {rank} needs most{f' of the first {among}' if plan.ranks > among else ''}, {need}"
+    keeping = without_recomputing(config, graph, plan, rank)
+    return f"rank {rank} needs most{f' of the first {among}' if plan.ranks > among else ''}, {need}" + (
+        f"; {mib(keeping)} without memory.recompute" if keeping else ""
+    )
+
+
+def without_recomputing(config: Config, graph: Graph, plan: Plan, rank: int) -> int | None:
+    """Bytes that `rank` would need if a run that recomputes did not; None where it does not."""
+    if not config.memory.recompute:
+        return None
+    keeping = structs.replace(config, memory=structs.replace(config.memory, recompute=False))
+    return memory.of_run(keeping, graph, plan, [rank])[rank].total

@@ -60,7 +60,8 @@ class Trainer:
             backend = backends.get(config.train.backend, config.train.exact)
             if config.data.verify:
                 self._verify_data()
-        self.usage = usage.Usage(world, need)
+        keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank)
+        self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed

@@ -30,18 +30,18 @@ class RankMemory:
 class Usage:
     """Watches a run from the moment before it allocates. Collective over `world`."""
 
-    def __init__(self, world: World, need: Memory) -> None:
-        """`need` is this rank's."""
-        self.world, self.start = world, memory.peak()
+    def __init__(self, world: World, need: Memory, keeping: int | None = None) -> None:
+        """`need` is this rank's, and `keeping` what it would need in all if it did not recompute, where it does."""
+        self.world, self.start, self.keeping = world, memory.peak(), keeping
         self.needs: list[int] = world.comm.allgather(need.total)
         self.here: int = world.node.allreduce(need.total)
 
     def heading(self) -> str:
         """What the plan needs, for the head of a run."""
         rank = self.needs.index(max(self.needs))
-        return f"memory by the plan: {mib(self.needs[rank])} on rank {rank}, the most" + (
-            f", {mib(min(self.needs))} at least" if min(self.needs) < max(self.needs) else ""
-        )
+        least = f", {mib(min(self.needs))} at least" if min(self.needs) < max(self.needs) else ""
+        saved = f"; {mib(self.keeping)} on this rank without memory.recompute" if self.keeping else ""
+        return f"memory by the plan: {mib(self.needs[rank])} on rank {rank}, the most{least}{saved}"
 
     def warning(self) -> str | None:
         """What is wrong where this host has less memory than its ranks need, else None."""

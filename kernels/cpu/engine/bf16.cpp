@@ -10,8 +10,9 @@ namespace {
 
 constexpr double PAIRS_TIME = 0.47;  // of a direct convolution by products of pairs, relative to one in float
 
-const Winograd* faster(const Engine& e, const Convolution& c, bool exact) {
-    return !exact && e.winograd->fits(c) && e.winograd->cost(c) < (e.pairs ? PAIRS_TIME : 1) ? e.winograd : nullptr;
+const Winograd* faster(const Engine& e, const Convolution& c, bool exact, bool dx = false) {
+    if (exact || !e.winograd->fits(c)) return nullptr;
+    return (dx ? e.winograd->cost_dx : e.winograd->cost)(c) < (e.pairs ? PAIRS_TIME : 1) ? e.winograd : nullptr;
 }
 
 const float* widened(const Engine& e, const Rows& rows, const Bf16* from, Scratch& scratch) {
@@ -173,7 +174,7 @@ void conv(const Convolution& c, const Bf16* x, const Bf16* w, const Epilogue& ep
 void conv_dx(const Convolution& c, const Bf16* dy, const Bf16* w, bool exact, Bf16* dx) {
     const Engine& e = engine();
     if (in_regions(e, c, exact)) return conv_dx_in_regions(e, c, dy, w, dx);
-    const Winograd* winograd = faster(e, c, exact);
+    const Winograd* winograd = faster(e, c, exact, true);
     const Pairs* pairs = winograd ? nullptr : in_pairs(e, c, c.filters);
     const Cut cut(c, c.input, x_floats(c) + (pairs ? 0 : y_floats(c)), room_of(c, winograd), true);
     const size_t dim = size_t(cut.dim);
