@@ -302,7 +302,7 @@ def _per_channel(x: Array, *vectors: Array) -> bool:
 
 def _bits(a: Array) -> Array:
     """An array as the kernels take it: bf16, which NumPy does not know, as the uint16 that hold its bits."""
-    return a.view(np.uint16) if a.dtype == BF16 else a
+    return a.view(np.uint16) if isinstance(a, np.ndarray) and a.dtype == BF16 else a
 
 
 def _stored(*arrays: Array) -> tuple[Array, ...]:

@@ -125,7 +125,9 @@ class ConvTranspose(Grouped):
             strict=True,
         )
         reached = prod((n - 1) * s + d * (k - 1) + 1 if n else 0 for k, s, d, n in spaces)
-        return itemsize * output[-1] * (x[0][0] * reached + prod(kernel) * x[0][-1] // self.groups)
+        weights = output[-1] * prod(kernel) * x[0][-1] // self.groups
+        gradients = 4 * weights if itemsize == 2 else 0  # those of bf16 weights are float32
+        return itemsize * (output[-1] * x[0][0] * reached + weights) + gradients
 
     def bind(self, place: Place) -> ConvTransposeOp:
         return ConvTransposeOp(self, place)
