@@ -1,6 +1,10 @@
 // How convolutions of bfloat16 are cut into parts, of which float copies stay in the cache.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <algorithm>
 
 #include "engine.h"
@@ -41,9 +45,17 @@ inline Index size(const Rows& rows) { return rows.samples * positions(rows.exten
 inline Index x_floats(const Convolution& c) { return positions(c.input) * c.groups * c.channels; }
 inline Index y_floats(const Convolution& c) { return positions(c.output) * c.groups * c.filters; }
 
-// Floats that a part may copy: more than the weights where these are gone through for each part.
+inline Index thread_count() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Floats that a part may copy, each thread having a cache: more than the weights where these are gone through for each part.
 inline Index room_of(const Convolution& c, bool winograd) {
-    return std::max(PART_FLOATS, winograd ? PART_POSITIONS * c.groups * (c.channels + c.filters) : 0);
+    return thread_count() * std::max(PART_FLOATS, winograd ? PART_POSITIONS * c.groups * (c.channels + c.filters) : 0);
 }
 inline Index room_of_dw(const Convolution& c, bool winograd) {
     return std::max(room_of(c, winograd), 4 * c.taps() * c.channels * c.groups * c.filters);
