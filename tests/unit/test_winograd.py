@@ -194,6 +194,28 @@ def test_nan_reaches_the_outputs_that_see_it(engine: Any) -> None:
     assert np.isfinite(out[0]).all()
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "filters", "kernel", "stride"),
+    [((115, 118), 3, 64, 11, 4), ((61, 64), 1, 40, 5, 2), ((60, 51), 2, 48, 6, 2), ((70, 66), 2, 33, 9, 2)],
+)
+def test_strided_convolutions_of_few_channels(
+    engine: Any, size: tuple[int, int], channels: int, filters: int, kernel: int, stride: int
+) -> None:
+    """Their last phases lack a row or channels of the last column, or do not; other bits than the direct one's."""
+    rng = np.random.default_rng(13)
+    x = rng.standard_normal((4, size[0] + 2, size[1] + 2, channels)).astype(np.float32)[:, 1:-1, 1:-1]
+    w = rng.standard_normal((kernel, kernel, channels, filters + 1)).astype(np.float32)[..., 1:]
+    dy = rng.standard_normal((4, *((n - kernel) // stride + 1 for n in size), filters)).astype(np.float32)
+    steps, ones, reference = (stride, stride), (1, 1), Reference()
+    for name, given, like in (("conv", (x, w), dy), ("conv_dw", (x, dy), w)):
+        got, direct, want = np.full_like(like, np.nan), np.empty_like(like), np.empty(like.shape)
+        getattr(engine, name)(*given, got, steps, ones, 1)
+        getattr(engine, name)(*given, direct, steps, ones, 1, exact=True)
+        getattr(reference, name)(*(a.astype(float) for a in given), want, steps, ones, 1)
+        assert not np.array_equal(got, direct), name
+        assert max(error(got, want), error(direct, want)) < 1e-5, name
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_share_the_tiles(kernels: Any, threads: int, tmp_path: Path) -> None:
     """Shares that begin inside of an image, shares of planes, more threads than tiles; and the same bits twice."""

@@ -16,6 +16,8 @@ bool winograd_fits(const Convolution& c) {
 namespace winograd {
 namespace {
 
+constexpr double EFFICIENCY = 0.8;  // of its products, compared with a direct convolution's
+
 // Vector operations of a pass that sums over `terms` for each of `results`, as measured: a point of a tile takes about
 // edge + 1 for the transforms of each vector of channels, on either side, however many filters share them, and a point
 // of the weights 11 for each vector of them, however many tiles there are. So few channels, filters or tiles do not
@@ -25,25 +27,25 @@ double operations(const Convolution& c, int edge, Index terms, Index results) {
     const Tiles tiles(c, edge, {});
     const double products = double(c.kernel[0] * terms * ceil_div(results, W));
     const double transforms = double(edge + 1) * double(ceil_div(terms, W) + ceil_div(results, W));
-    return double(tiles.points()) *
-           (double(tiles.count() * c.output[0]) * (products + transforms) + KERNEL * products);
+    return double(tiles.points()) * (double(tiles.count() * c.output[0]) * (products + transforms) + KERNEL * products);
 }
 
+// Time relative to that of a direct convolution.
 double cost(const Convolution& c, Index terms, Index results) {
-    constexpr double EFFICIENCY = 0.8;
-    const double direct = double(c.samples * c.output[0] * c.output[1] * c.output[2] * c.taps() * terms) *
-                          double(ceil_div(results, W));
+    const double direct =
+        double(c.samples * c.output[0] * c.output[1] * c.output[2] * c.taps() * terms) * double(ceil_div(results, W));
     return operations(c, best_edge(c), terms, results) / (EFFICIENCY * direct);
 }
 
-// Times of the transforms: those of the planes of x are more than one per output here.
+// The same for a strided one: here each plane of the outputs needs the transforms of several of x.
 double cost_of_phases(const Convolution& strided) {
     const Convolution c = Phases(strided).c;
     const int edge = best_edge(c);
     const double more = double((c.input[0] - 1) * (edge + 1) * ceil_div(c.channels, W) * edge * edge);
     const double direct = double(c.samples * c.output[1] * c.output[2] * strided.taps() * strided.channels) *
                           double(ceil_div(c.filters, W));
-    return (operations(c, edge, c.channels, c.filters) + more * double(Tiles(c, edge, {}).count())) / (0.8 * direct);
+    const double all = operations(c, edge, c.channels, c.filters) + more * double(Tiles(c, edge, {}).count());
+    return all / (EFFICIENCY * direct);
 }
 
 }  // namespace
@@ -57,9 +59,7 @@ int best_edge(const Convolution& c) {
 }  // namespace winograd
 
 double winograd_cost(const Convolution& c) { return winograd::cost(c, c.channels, c.filters); }
-bool winograd_strided(const Convolution& c) {
-    return winograd::Phases::fits(c) && winograd::cost_of_phases(c) < 1;
-}
+bool winograd_strided(const Convolution& c) { return winograd::Phases::fits(c) && winograd::cost_of_phases(c) < 1; }
 double winograd_cost_dx(const Convolution& c) { return winograd::cost(c, c.filters, c.channels); }
 
 const Winograd WINOGRAD = {

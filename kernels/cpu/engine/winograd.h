@@ -1,8 +1,9 @@
 // Winograd's convolution: 36 products per channel and filter give 4 x 4 outputs of a kernel 3 x 3, instead of 144, and
-// 64 give 4 x 4 outputs of a kernel 5 x 5, instead of 400. For images of which such tiles cover too much: 16 for 2 x 2
-// outputs instead of 36, 36 for 2 x 2 instead of 100.
+// 64 give 4 x 4 outputs of a kernel 5 x 5, instead of 400. Where such tiles would lie mostly outside of an image, 16
+// and 36 give 2 x 2 outputs, instead of 36 and 100.
 //
-// For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps.
+// For kernels (kd, 3, 3) and (kd, 5, 5) without stride and dilation: Winograd in the plane, a sum over the depth taps;
+// and for strided ones of few channels that are such a convolution of the phases of x (winograd_phases.h).
 // Results differ from those of a direct convolution by rounding, of a few times its size (see winograd_transform.h).
 // NaN and infinity reach all outputs of their tile, an infinity maybe as NaN.
 #pragma once
@@ -12,8 +13,8 @@
 namespace hpctrain {
 
 // Rows and columns, less than a tile has, by which the first tile starts before the first output: blocks of a larger
-// image, cut anywhere, can have their tiles where the whole image has them. And how many points a tile has per dim: 4 or
-// 6 for kernels 3 x 3, 6 or 8 for 5 x 5; 0 is what takes the fewest operations.
+// image, cut anywhere, can have their tiles where the whole image has them. And how many points a tile has per dim: 4
+// or 6 for kernels 3 x 3, 6 or 8 for 5 x 5; 0 is what takes the fewest operations.
 struct TileAnchor {
     int h = 0, w = 0, edge = 0;
 };

@@ -127,7 +127,8 @@ void by_tiles(const P& pass) {
         const Block all = share(pass.tiles, pass.planes, thread, threads);
         const Seam seam = pass.seam(all, seams + thread * pass.seam_floats());
         each_block(all, size, [&](const Block& block) {
-            Matrices v(points, source_of(pass, block).rows(), pass.terms, 1), m(points, block.rows(), pass.results, TILE_VECTORS);
+            Matrices v(points, source_of(pass, block).rows(), pass.terms, 1),
+                m(points, block.rows(), pass.results, TILE_VECTORS);
             v.data = memory + thread * (v_floats + m_floats), m.data = v.data + v_floats;
             pass.read(source_of(pass, block), v, 0, v.rows);
             for (int point = 0; point < points; ++point) {
@@ -204,10 +205,10 @@ void forward(const Convolution& c, const float* x, const float* w, const Epilogu
     const float* bias = epilogue.bias;
     for (Index g = 0; g < c.groups; ++g) {
         compute(Forward<KERNEL, EDGE>{{Tiles(c, EDGE, anchor), int(c.kernel[0]), c.channels, c.filters, c.output[0], 0},
-                                {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
-                                {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
-                                {y + g * c.filters, c.y, c.output, c.filters},
-                                {bias ? bias + g * c.filters : nullptr, epilogue.accumulate, epilogue.slope}});
+                                      {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
+                                      {w + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])},
+                                      {y + g * c.filters, c.y, c.output, c.filters},
+                                      {bias ? bias + g * c.filters : nullptr, epilogue.accumulate, epilogue.slope}});
     }
 }
 
@@ -216,9 +217,9 @@ void backward(const Convolution& c, const float* dy, const float* w, float* dx, 
     const int taps = int(c.kernel[0]);
     for (Index g = 0; g < c.groups; ++g) {
         compute(Backward<KERNEL, EDGE>{{Tiles(c, EDGE, anchor), taps, c.filters, c.channels, c.input[0], taps - 1},
-                                 {dy + g * c.filters, c.y, c.output, c.filters},
-                                 {w + g * c.filters, c.w, c.channels, c.filters, taps},
-                                 {dx + g * c.channels, c.x, c.input, c.channels}});
+                                       {dy + g * c.filters, c.y, c.output, c.filters},
+                                       {w + g * c.filters, c.w, c.channels, c.filters, taps},
+                                       {dx + g * c.channels, c.x, c.input, c.channels}});
     }
 }
 
@@ -242,15 +243,13 @@ void winograd_conv(const Convolution& c, const float* x, const float* w, const E
         });
         return;
     }
-    with_scheme(c, anchor, [&](auto scheme) {
-        forward<scheme.KERNEL, scheme.EDGE>(c, x, w, epilogue, y, anchor, c.input[0], 0);
-    });
+    with_scheme(c, anchor,
+                [&](auto scheme) { forward<scheme.KERNEL, scheme.EDGE>(c, x, w, epilogue, y, anchor, c.input[0], 0); });
 }
 
 void winograd_dx(const Convolution& c, const float* dy, const float* w, float* dx, TileAnchor anchor) {
-    winograd::with_scheme(c, anchor, [&](auto scheme) {
-        winograd::backward<scheme.KERNEL, scheme.EDGE>(c, dy, w, dx, anchor);
-    });
+    winograd::with_scheme(c, anchor,
+                          [&](auto scheme) { winograd::backward<scheme.KERNEL, scheme.EDGE>(c, dy, w, dx, anchor); });
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

@@ -46,8 +46,8 @@ inline Block source_of(const WeightGradient<KERNEL, EDGE>& g, const Block& block
 
 // Adds the products of a block's tiles, whose transforms are v and d, to the unit's sums, or begins these.
 template <int KERNEL, int EDGE>
-void multiply(const WeightGradient<KERNEL, EDGE>& g, const Units& units, Index unit, const Block& block, const Matrices& v,
-              const Matrices& d, float* sums, bool add) {
+void multiply(const WeightGradient<KERNEL, EDGE>& g, const Units& units, Index unit, const Block& block,
+              const Matrices& v, const Matrices& d, float* sums, bool add) {
     const Index panel = units.panel(unit), vector = units.vector(unit), rows = least(W, g.dw.channels - vector * W);
     const float* shifted = v.panel(vector) + units.tap(unit) * block.columns * W;
     for (int point = 0; point < EDGE * EDGE; ++point) {
@@ -59,8 +59,8 @@ void multiply(const WeightGradient<KERNEL, EDGE>& g, const Units& units, Index u
 template <int KERNEL, int EDGE>
 void write(const WeightGradient<KERNEL, EDGE>& g, const Units& units, Index unit, const float* sums) {
     const Index panel = units.panel(unit), channel = units.vector(unit) * W;
-    write_weight_gradients<KERNEL, EDGE>(g.dw, units.tap(unit), channel, units.d.first(panel), units.d.width(panel), sums,
-                                   UNIT_POINT);
+    write_weight_gradients<KERNEL, EDGE>(g.dw, units.tap(unit), channel, units.d.first(panel), units.d.width(panel),
+                                         sums, UNIT_POINT);
 }
 
 // Floats for the transforms of a block, v before d.
@@ -86,7 +86,8 @@ void by_tiles(const WeightGradient<KERNEL, EDGE>& g) {
         float* sums = mine + room.v + room.d;
         bool add = false;
         each_block(share(g.tiles, g.planes(), thread, threads), size, [&](const Block& block) {
-            Matrices v(g.points(), source_of(g, block).rows(), g.dw.channels, 1), d(g.points(), block.rows(), g.dw.filters, TILE_VECTORS);
+            Matrices v(g.points(), source_of(g, block).rows(), g.dw.channels, 1),
+                d(g.points(), block.rows(), g.dw.filters, TILE_VECTORS);
             v.data = mine, d.data = mine + room.v;
             read_tiles<Input<EDGE>>(g.x, g.tiles, source_of(g, block), v, 0, v.rows);
             read_tiles<OutputAdjoint<KERNEL, EDGE>>(g.dy, g.tiles, block, d, 0, d.rows);
@@ -120,7 +121,8 @@ void by_units(const WeightGradient<KERNEL, EDGE>& g) {
     float* transforms = scratch.array<float>(room.v + room.d);
     float* sums = scratch.array<float>((once ? thread_count() : units.count()) * units.floats());
     each_block(all, size, [&](const Block& block) {
-        Matrices v(g.points(), source_of(g, block).rows(), g.dw.channels, 1), d(g.points(), block.rows(), g.dw.filters, TILE_VECTORS);
+        Matrices v(g.points(), source_of(g, block).rows(), g.dw.channels, 1),
+            d(g.points(), block.rows(), g.dw.filters, TILE_VECTORS);
         v.data = transforms, d.data = transforms + room.v;
         in_threads([&](int t, int threads) {
             const auto part = [=](Index rows, int i) { return rows * i / threads; };
@@ -151,9 +153,9 @@ void backward(const Convolution& c, const float* x, const float* dy, float* dw, 
               Index lacked) {
     for (Index g = 0; g < c.groups; ++g) {
         compute(WeightGradient<KERNEL, EDGE>{Tiles(c, EDGE, anchor),
-                                       {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
-                                       {dy + g * c.filters, c.y, c.output, c.filters},
-                                       {dw + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])}});
+                                             {x + g * c.channels, c.x, c.input, c.channels, complete, lacked},
+                                             {dy + g * c.filters, c.y, c.output, c.filters},
+                                             {dw + g * c.filters, c.w, c.channels, c.filters, int(c.kernel[0])}});
     }
 }
 
@@ -175,9 +177,8 @@ void winograd_dw(const Convolution& c, const float* x, const float* dy, float* d
         });
         return;
     }
-    with_scheme(c, anchor, [&](auto scheme) {
-        backward<scheme.KERNEL, scheme.EDGE>(c, x, dy, dw, anchor, c.input[0], 0);
-    });
+    with_scheme(c, anchor,
+                [&](auto scheme) { backward<scheme.KERNEL, scheme.EDGE>(c, x, dy, dw, anchor, c.input[0], 0); });
 }
 
 }  // namespace hpctrain::HPCTRAIN_ISA

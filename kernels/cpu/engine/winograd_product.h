@@ -20,7 +20,11 @@ struct Matrices {
     Index rows, vectors, panels, point;  // point: floats from one matrix to the next
 
     Matrices(int points, Index rows, Index columns, int most)
-        : points(points), rows(rows), vectors(ceil_div(columns, W)), panels(ceil_div(vectors, most)), point(rows * vectors * W) {
+        : points(points),
+          rows(rows),
+          vectors(ceil_div(columns, W)),
+          panels(ceil_div(vectors, most)),
+          point(rows * vectors * W) {
         // An odd number of cache lines: a power of two would map the matrices to the same few sets of the cache.
         point = (ceil_div(point, 16) | 1) * 16;
     }

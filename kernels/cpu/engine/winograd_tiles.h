@@ -6,8 +6,8 @@
 
 namespace hpctrain::HPCTRAIN_ISA::winograd {
 
-// An array (N, D, H, W, C) of which T is float or const float. Planes from `complete` on lack the last row, and the last
-// column of all lacks its last channels: zeros.
+// An array (N, D, H, W, C) of which T is float or const float. Planes from `complete` on lack the last row, and the
+// last column of all lacks its last channels: zeros.
 template <class T>
 struct Image {
     T* data;
@@ -55,7 +55,7 @@ inline Index clip(Index value, Index low, Index high) { return value < low ? low
 template <class T, int EDGE>
 struct Patch {
     T* data;
-    Index first, row_step, col_step;  // first: offset of the tile's first element, which need not exist
+    Index first, row_step, col_step;       // first: offset of the tile's first element, which need not exist
     int top, bottom, left, right, ragged;  // ragged: the column that lacks channels
 
     Patch(const Image<T>& image, const Place& place, Index plane)
@@ -117,19 +117,23 @@ void read_tiles(const Image<const float>& image, const Tiles& tiles, const Block
             float* first = to.panel(panel) + row * width * W;
             for (int j = 0; j < width; ++j) {
                 const Index channel = (to.first(panel) + j) * W, point = to.point;
-                const auto write = [=](int f, int g, V v) { store(first + j * W + (f * Transform::TO + g) * point, v); };
+                const auto write = [=](int f, int g, V v) {
+                    store(first + j * W + (f * Transform::TO + g) * point, v);
+                };
                 if (empty) {
                     for (int f = 0; f < to.points; ++f) write(0, f, V{});
                     continue;
                 }
                 with_lanes(image.channels - channel, whole, [&](auto lanes, auto all) {
-                    both_dims<Transform>([&](int f, int g) {
-                        if (all) return lanes.read(patch.at(f, g) + channel);
-                        if (!patch.has(f, g)) return V{};
-                        if (g < patch.ragged) return lanes.read(patch.at(f, g) + channel);
-                        return load(patch.at(f, g) + channel,
-                                    int(clip(image.channels - image.lacked - channel, 0, W)));
-                    }, write);
+                    both_dims<Transform>(
+                        [&](int f, int g) {
+                            if (all) return lanes.read(patch.at(f, g) + channel);
+                            if (!patch.has(f, g)) return V{};
+                            if (g < patch.ragged) return lanes.read(patch.at(f, g) + channel);
+                            return load(patch.at(f, g) + channel,
+                                        int(clip(image.channels - image.lacked - channel, 0, W)));
+                        },
+                        write);
                 });
             }
         }

@@ -1,9 +1,9 @@
 // Winograd's transforms for one dim, and their application to both dims of a tile.
 //
 // M outputs y of a kernel g of K taps over EDGE = M + K - 1 inputs d are y = A^T [(G g) * (B^T d)] (Lavin & Gray 2016),
-// with matrices that follow from EDGE points: 0, pairs +-p and infinity (Toom-Cook). F(M, K) are F(4, 3) and F(2, 5) with
-// 6 points, F(2, 3) with 4 for small images, F(4, 5) with 8. Gradients are the adjoints: dd = B [(G g) * (A dy)] and
-// dg = G^T [(B^T d) * (A dy)].
+// with matrices that follow from EDGE points: 0, pairs +-p and infinity (Toom-Cook). F(M, K) are F(4, 3) and F(2, 5)
+// with 6 points, F(4, 5) with 8, and F(2, 3) with 4 for small images. Gradients are the adjoints:
+// dd = B [(G g) * (A dy)] and dg = G^T [(B^T d) * (A dy)].
 //
 // Accuracy. What is summed up in a tile is larger than in a direct convolution, and cancels. With random d and g the
 // squares of its terms sum up to A times those of a direct one, per dim. With the usual points 0, +-1, +-2, F(4, 3) has
@@ -147,7 +147,8 @@ struct Input {
         for (int i = 0; i < COUNT; ++i) {
             V even = d[2 * COUNT], odd = d[2 * COUNT - 1];
 #pragma GCC unroll 4
-            for (int n = COUNT - 2; n >= 0; --n) even += T.rest[i][n] * d[2 * n + 2], odd += T.rest[i][n] * d[2 * n + 1];
+            for (int n = COUNT - 2; n >= 0; --n)
+                even += T.rest[i][n] * d[2 * n + 2], odd += T.rest[i][n] * d[2 * n + 1];
             to[2 * i + 1] = even + T.power[i][1] * odd;
             to[2 * i + 2] = even - T.power[i][1] * odd;
         }

@@ -15,8 +15,9 @@ void pack_filters(const Filters<const float>& w, Index first_vector, int width, 
             for (int q = 0; q < width; ++q, to += W) {
                 const Index filter = (first_vector + q) * W;
                 with_lanes(w.filters - filter, true, [&](auto lanes, auto) {
-                    both_dims<Weights<KERNEL, EDGE>>([&](int i, int j) { return lanes.read(w.at(tap, i, j, c, filter)); },
-                                               [=](int i, int j, V v) { store(to + (i * EDGE + j) * point, v); });
+                    both_dims<Weights<KERNEL, EDGE>>(
+                        [&](int i, int j) { return lanes.read(w.at(tap, i, j, c, filter)); },
+                        [=](int i, int j, V v) { store(to + (i * EDGE + j) * point, v); });
                 });
             }
         }
@@ -42,8 +43,9 @@ void pack_channels(const Filters<const float>& w, Index first_vector, int width,
                 }
                 for (int k = 0; k < n; ++k) {
                     float* row = to + (k * width + q) * W;
-                    both_dims<Weights<KERNEL, EDGE>>([&](int i, int j) { return turned[i * KERNEL + j][k]; },
-                                       [=](int i, int j, V v) { store(row + (i * EDGE + j) * point, v); });
+                    both_dims<Weights<KERNEL, EDGE>>(
+                        [&](int i, int j) { return turned[i * KERNEL + j][k]; },
+                        [=](int i, int j, V v) { store(row + (i * EDGE + j) * point, v); });
                 }
             }
             to += n * width * W;
