@@ -20,8 +20,8 @@ from common import FmaPeak, interleave, print_json, set_threads, timed
 from networks import CASES, FORMATS
 
 from hpctrain.backends.native import Native
-from hpctrain.backends.rounding import BFLOAT16
 from hpctrain.layers import Conv, Dense
+from hpctrain.precision import BF16
 
 PASSES = ("forward", "dx", "dw")
 MEASURABLE = 0.002
@@ -97,7 +97,7 @@ def arrays(layer: Layer, precision: str) -> tuple[np.ndarray, np.ndarray, np.nda
         (*layer.kernel, layer.shape[-1], layer.filters),
         (layer.shape[0], *layer.outputs, layer.filters),
     )
-    dtype = BFLOAT16 if precision == "bf16" else np.float32
+    dtype = BF16 if precision == "bf16" else np.float32
     x, w, dy = (rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes)
     return x, w, dy
 

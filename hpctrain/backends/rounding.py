@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 
 from hpctrain.backends.base import Array
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-"""NumPy calls it "bfloat16" too, once ml_dtypes is imported."""
+from hpctrain.precision import BF16
 
 Class = TypeVar("Class", bound=type)
 
@@ -35,7 +32,7 @@ def in_float32(*but: str, alike: Sequence[str] = ()) -> Callable[[Class], Class]
 def to_bfloat16(x: Array) -> Array:
     """x, rounded to nearest, ties to even."""
     with np.errstate(invalid="ignore"):  # NumPy warns of NaN
-        return x.astype(BFLOAT16)
+        return x.astype(BF16)
 
 
 def _rounded(operation: Callable[..., Any], alike: bool) -> Callable[..., Any]:
@@ -65,4 +62,4 @@ def _rounded(operation: Callable[..., Any], alike: bool) -> Callable[..., Any]:
 
 
 def _is_bfloat16(a: Any) -> bool:
-    return isinstance(a, np.ndarray) and a.dtype == BFLOAT16
+    return isinstance(a, np.ndarray) and a.dtype == BF16

@@ -10,21 +10,22 @@ import pytest
 
 from hpctrain.backends.base import Backend
 from hpctrain.backends.reference import Reference
-from hpctrain.backends.rounding import BFLOAT16, to_bfloat16
+from hpctrain.backends.rounding import to_bfloat16
+from hpctrain.precision import BF16
 
 
 def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(BFLOAT16)
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(BF16)
 
 
 def zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, BFLOAT16)
+    return np.zeros(shape, BF16)
 
 
 def test_it_is_one_of_the_types(backend: Backend) -> None:
     assert "bfloat16" in backend.dtypes
-    assert np.dtype("bfloat16") == BFLOAT16
-    assert backend.empty((2, 3), BFLOAT16).dtype == BFLOAT16
+    assert np.dtype("bfloat16") == BF16
+    assert backend.empty((2, 3), BF16).dtype == BF16
 
 
 VECTOR = np.linspace(0.5, 2, 3, dtype=np.float32)
@@ -87,7 +88,7 @@ def test_an_output_may_be_an_input(backend: Backend) -> None:
 
 
 def test_inputs_may_be_read_only_and_outputs_views(backend: Backend) -> None:
-    a, whole = normal(4, 6), np.full((6, 8), 7, BFLOAT16)
+    a, whole = normal(4, 6), np.full((6, 8), 7, BF16)
     a.flags.writeable = False
     backend.multiply(a, a, whole[1:5, 1:7])
     assert np.array_equal(whole[1:5, 1:7], to_bfloat16(np.square(a.astype(np.float32))))
@@ -103,7 +104,7 @@ def test_nan_and_infinity_pass(backend: Backend) -> None:
 @pytest.mark.parametrize("cast", [lambda b, x, n, w: (b.narrow(x, n), b.widen(n, w))])
 def test_casts(backend: Backend, cast: Callable[..., Any]) -> None:
     x = np.float32([1, 1 + 2**-8, 1 + 3 * 2**-8, -3.4e38, 0, -0.0, np.nan, 1e-40])
-    narrow, wide = np.empty(x.shape, BFLOAT16), np.empty(x.shape, np.float32)
+    narrow, wide = np.empty(x.shape, BF16), np.empty(x.shape, np.float32)
     cast(backend, x, narrow, wide)
     np.testing.assert_array_equal(wide, [1, 1, 1 + 2**-6, -np.inf, 0, 0, np.nan, wide[-1]])
     assert wide[-1] == pytest.approx(1e-40, rel=2**-6)

@@ -14,7 +14,8 @@ import pytest
 from cases import Arrays, Geometry, geometries, tolerance
 
 from hpctrain.backends.reference import Reference
-from hpctrain.backends.rounding import BFLOAT16, to_bfloat16
+from hpctrain.backends.rounding import to_bfloat16
+from hpctrain.precision import BF16
 
 if os.environ.get("HPCTRAIN_NATIVE") == "0":
     pytest.skip("HPCTRAIN_NATIVE=0: installed without compiled kernels", allow_module_level=True)
@@ -44,7 +45,7 @@ def assert_close(got: np.ndarray, want: np.ndarray, magnitude: Any, length: int,
     summed = tolerance(FLOAT, length) * np.asarray(magnitude)
     if winograd:
         summed = np.maximum(summed, WINOGRAD * np.abs(want).max(initial=0))
-    bound = summed + (UNIT * (np.abs(want) + summed) if got.dtype == BFLOAT16 else 0)
+    bound = summed + (UNIT * (np.abs(want) + summed) if got.dtype == BF16 else 0)
     wrong = np.abs(got.astype(float) - want)
     assert got.shape == want.shape
     assert np.all(wrong <= bound), f"{(wrong - bound).max():.3g} over the bound, shape {got.shape}"
@@ -57,8 +58,8 @@ def check(g: Geometry, arrays: Arrays, exact: bool = True) -> None:
     w, geometry = arrays.normal(*g.kernel, g.c // g.groups, g.k), (g.stride, g.dilation, g.groups)
     native = Native(exact)
     passes = (
-        (native.conv, EXACT.conv, x, w, dy, prod(w.shape[:-1]), BFLOAT16),
-        (native.conv_dx, EXACT.conv_dx, dy, w, x, prod(g.kernel) * g.k // g.groups, BFLOAT16),
+        (native.conv, EXACT.conv, x, w, dy, prod(w.shape[:-1]), BF16),
+        (native.conv_dx, EXACT.conv_dx, dy, w, x, prod(g.kernel) * g.k // g.groups, BF16),
         (native.conv_dw, EXACT.conv_dw, x, dy, w, g.n * prod(g.outputs), FLOAT),
     )
     for compute, exactly, a, b, like, length, dtype in passes:
@@ -81,8 +82,8 @@ def test_any_number_of_channels(seed: int, strided: bool) -> None:
     rng = np.random.default_rng(seed)
     for number, channels in enumerate([*range(1, 20), 31, 32, 33, 64, 65, 70]):
         filters = int(rng.integers(1, 71))
-        check(conv(channels, filters, n=1 + number % 3), Arrays(BFLOAT16, seed + number, strided))
-        check(conv(filters, channels, stride=(2, 2)), Arrays(BFLOAT16, seed + number, strided))
+        check(conv(channels, filters, n=1 + number % 3), Arrays(BF16, seed + number, strided))
+        check(conv(filters, channels, stride=(2, 2)), Arrays(BF16, seed + number, strided))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_any_number_of_channels(seed: int, strided: bool) -> None:
 )
 def test_geometries(g: Geometry, seed: int) -> None:
     for strided in (False, True):
-        check(g, Arrays(BFLOAT16, seed, strided))
+        check(g, Arrays(BF16, seed, strided))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +133,12 @@ def test_geometries(g: Geometry, seed: int) -> None:
 )
 def test_winograd(g: Geometry, seed: int) -> None:
     for strided in (False, True):
-        check(g, Arrays(BFLOAT16, seed, strided), exact=False)
+        check(g, Arrays(BF16, seed, strided), exact=False)
 
 
 def test_random_geometries(seed: int) -> None:
     for number, g in enumerate(geometries(seed, wide=True, grouped=True)):
-        check(g, Arrays(BFLOAT16, seed + number, strided=number % 2 == 0))
+        check(g, Arrays(BF16, seed + number, strided=number % 2 == 0))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -145,8 +146,8 @@ def test_empty_arrays_and_sums_of_nothing(groups: int) -> None:
     ones, some, native = (1, 1), 8, Native()
     for n, channels, filters, extent in ((0, some, some, 5), (2, 0, some, 5), (2, some, 0, 5), (2, some, some, 2)):
         g = Geometry(n, (extent, 5), channels, filters, (3, 3), ones, ones, groups)
-        x, w = np.ones((n, extent, 5, channels), BFLOAT16), np.ones((3, 3, channels // groups, filters), BFLOAT16)
-        dy, dw = np.ones((n, max(0, g.outputs[0]), 3, filters), BFLOAT16), np.ones(w.shape, FLOAT)
+        x, w = np.ones((n, extent, 5, channels), BF16), np.ones((3, 3, channels // groups, filters), BF16)
+        dy, dw = np.ones((n, max(0, g.outputs[0]), 3, filters), BF16), np.ones(w.shape, FLOAT)
         native.conv(x, w, dy, ones, ones, groups)
         native.conv_dx(dy, w, x, ones, ones, groups)
         native.conv_dw(x, dy, dw, ones, ones, groups)
@@ -157,7 +158,7 @@ def test_empty_arrays_and_sums_of_nothing(groups: int) -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_bias_and_activation(seed: int, exact: bool) -> None:
-    arrays, native = Arrays(BFLOAT16, seed, strided=True), Native(exact)
+    arrays, native = Arrays(BF16, seed, strided=True), Native(exact)
     for g in (conv(6, 37), conv(300, 6), conv(64, 64, extent=(9, 11)), conv(4, 5, groups=3), conv(1, 1, groups=21)):
         x, w = arrays.normal(g.n, *g.extent, g.c), arrays.normal(*g.kernel, g.c // g.groups, g.k)
         bias, want = arrays.normal(g.k).astype(FLOAT), np.empty((g.n, *g.outputs, g.k))
@@ -181,7 +182,7 @@ MATRICES = [
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 def test_matrix_products(seed: int, transpose_a: bool, transpose_b: bool, strided: bool) -> None:
-    arrays, native = Arrays(BFLOAT16, seed, strided), Native()
+    arrays, native = Arrays(BF16, seed, strided), Native()
     for m, n, k in MATRICES:
         a, b = (
             arrays.normal(*shape)
@@ -189,7 +190,7 @@ def test_matrix_products(seed: int, transpose_a: bool, transpose_b: bool, stride
         )
         left, right = (t.astype(float) for t in (a.T if transpose_a else a, b.T if transpose_b else b))
         bias, want, size = arrays.normal(n).astype(FLOAT), left @ right, np.abs(left) @ np.abs(right)
-        for dtype in (BFLOAT16, FLOAT):
+        for dtype in (BF16, FLOAT):
             out, finished = (arrays.out(m, n, dtype=dtype) for _ in range(2))
             native.gemm(a, b, out, transpose_a, transpose_b)
             assert_close(out, want, size, k)
@@ -203,8 +204,8 @@ def test_matrix_products(seed: int, transpose_a: bool, transpose_b: bool, stride
 
 def test_casts() -> None:
     """Every bfloat16 there and back; floats like NumPy rounds them, on ties and at the ends of the range too."""
-    native, every = Native(), np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16)
-    floats, back = np.empty(every.shape, FLOAT), np.zeros(every.shape, BFLOAT16)
+    native, every = Native(), np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    floats, back = np.empty(every.shape, FLOAT), np.zeros(every.shape, BF16)
     native.widen(every, floats)
     np.testing.assert_array_equal(floats, every.astype(FLOAT))
     native.narrow(floats, back)
@@ -215,7 +216,7 @@ def test_casts() -> None:
         bits = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(low)
         given = bits.view(FLOAT)
         for n in (given.size, 5, 1, 0):
-            out = np.zeros(n, BFLOAT16)
+            out = np.zeros(n, BF16)
             native.narrow(given[:n], out)
             want = to_bfloat16(given[:n])
             assert np.array_equal(np.isnan(out.astype(FLOAT)), np.isnan(given[:n]))
@@ -225,9 +226,9 @@ def test_casts() -> None:
 
 def test_nan_and_infinity_reach_just_what_reads_them() -> None:
     ones, native = (1, 1), Native(exact=True)
-    x, w = np.ones((1, 9, 8, 20), BFLOAT16), np.ones((3, 3, 20, 20), BFLOAT16)
+    x, w = np.ones((1, 9, 8, 20), BF16), np.ones((3, 3, 20, 20), BF16)
     x[0, 4, 4, 7], x[0, 0, 0, 3] = np.nan, np.inf
-    y, dx, dw = np.empty((1, 7, 6, 20), BFLOAT16), np.empty_like(x), np.empty(w.shape, FLOAT)
+    y, dx, dw = np.empty((1, 7, 6, 20), BF16), np.empty_like(x), np.empty(w.shape, FLOAT)
     native.conv(x, w, y, ones, ones)
     reached = np.zeros(y.shape, bool)
     reached[0, 2:5, 2:5] = True
@@ -247,14 +248,14 @@ THREADS = """
 import sys
 import numpy as np
 from hpctrain.backends.native import Native
-from hpctrain.backends.rounding import BFLOAT16
+from hpctrain.precision import BF16
 import hpctrain._native as kernels
 
 kernels.select_isa(sys.argv[1])
 rng, native = np.random.default_rng(3), Native()
 
 
-def thrice(compute, shape, dtype=BFLOAT16):
+def thrice(compute, shape, dtype=BF16):
     results = [np.empty(shape, dtype) for _ in range(3)]
     for out in results:
         compute(out)
@@ -263,7 +264,7 @@ def thrice(compute, shape, dtype=BFLOAT16):
 
 
 def normal(*shape):
-    return rng.standard_normal(shape).astype(BFLOAT16)
+    return rng.standard_normal(shape).astype(BF16)
 
 
 for n, extent, c, k, groups, step in ((3, 13, 40, 70, 1, 1), (40, 20, 4, 6, 1, 1), (1, 9, 30, 30, 30, 2),
@@ -294,10 +295,10 @@ def test_threads(isa: str) -> None:
 
 
 def test_mixed_arrays_are_refused_with_what_is_taken() -> None:
-    x, w = np.ones((1, 4, 4, 2), BFLOAT16), np.ones((3, 3, 2, 5), BFLOAT16)
+    x, w = np.ones((1, 4, 4, 2), BF16), np.ones((3, 3, 2, 5), BF16)
     with pytest.raises(TypeError, match=r"conv: takes float32 .*bfloat16 .*got uint16, uint16, float32"):
         Native().conv(x, w, np.ones((1, 2, 2, 5), FLOAT), (1, 1), (1, 1))
     with pytest.raises(TypeError, match=r"conv_dw: takes .*weight gradients and biases float32.*got uint16"):
-        Native().conv_dw(x, np.ones((1, 2, 2, 5), BFLOAT16), w, (1, 1), (1, 1))
+        Native().conv_dw(x, np.ones((1, 2, 2, 5), BF16), w, (1, 1), (1, 1))
     with pytest.raises(ValueError, match=r"widen: 1D arrays of one length"):
         Native().widen(x, w.astype(FLOAT))
