@@ -241,7 +241,10 @@ class Native(Reference):
     def cross_entropy(
         self, logits: Floats, labels: Ints, weight: Floats, smoothing: float, loss: Floats, probability: Floats
     ) -> None:
-        self._kernels.cross_entropy(*_stored(logits), labels, weight, smoothing, loss, probability)
+        if probability.dtype == BF16:
+            super().cross_entropy(logits, labels, weight, smoothing, loss, probability)
+        else:
+            self._kernels.cross_entropy(*_stored(logits), labels, weight, smoothing, loss, probability)
 
     def cross_entropy_dx(
         self, probability: Floats, labels: Ints, weight: Floats, smoothing: float, scale: Floats, out: Floats

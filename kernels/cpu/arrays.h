@@ -123,10 +123,12 @@ void require_samples(const char* name, const A& whole, const B& reduced) {
     require_rows(name, reduced);
 }
 
-// The layout of outputs (N, *outputs, C) of windows over x (N, *inputs, C), and the offsets of a window's elements.
+// The layout of one sample's outputs of (N, *outputs, C) of windows over x (N, *inputs, C), and the offsets of a
+// window's elements; whether windows share no element, and whether they leave none out either.
 struct Windows {
     Layout<3> outputs;
     std::vector<Index> taps;
+    bool disjoint = true, cover = true;
 };
 
 template <class X, class Y, class I>
@@ -141,12 +143,13 @@ Windows windows(const char* name, const X& x, const Y& y, const I& index, const 
                          shape_of(y));
     }
     Windows found;
-    found.outputs.append(Index(y.shape(0)), {Index(x.stride(0)), Index(y.stride(0)), Index(index.stride(0))});
     found.taps = {0};
     bool fits = x.shape(0) == y.shape(0) && x.shape(dims + 1) == y.shape(dims + 1);
     for (size_t d = 0; d < dims; ++d) {
         if (kernel[d] < 1 || stride[d] < 1 || dilation[d] < 1) refuse(name, "kernel, stride and dilation start at 1");
         const Index room = Index(x.shape(d + 1)) - dilation[d] * (kernel[d] - 1) - 1, step = Index(x.stride(d + 1));
+        found.disjoint = found.disjoint && dilation[d] == 1 && stride[d] >= kernel[d];
+        found.cover = found.cover && stride[d] == kernel[d] && x.shape(d + 1) == y.shape(d + 1) * size_t(stride[d]);
         fits = fits && Index(y.shape(d + 1)) == (room < 0 ? 0 : room / stride[d] + 1);
         found.outputs.append(Index(y.shape(d + 1)),
                              {step * stride[d], Index(y.stride(d + 1)), Index(index.stride(d + 1))});

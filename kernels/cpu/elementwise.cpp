@@ -68,11 +68,11 @@ void mask_run(Index n, T* dy, const T* y, double slope) {
     slope == 0 ? relu_dx_run<T>(n, dy, y, dy) : leaky_dx_run<T>(n, dy, y, Real<T>(slope));
 }
 
-#define HPCTRAIN_FOR(T)                                                    \
-    template void add<T>(const Layout<3>&, const T*, const T*, T*);        \
-    template void multiply<T>(const Layout<3>&, const T*, const T*, T*);   \
-    template void relu<T>(const Layout<2>&, const T*, T*);                 \
-    template void relu_dx<T>(const Layout<3>&, const T*, const T*, T*);    \
+#define HPCTRAIN_FOR(T)                                                       \
+    template void add<T>(const Layout<3>&, const T*, const T*, T*);           \
+    template void multiply<T>(const Layout<3>&, const T*, const T*, T*);      \
+    template void relu<T>(const Layout<2>&, const T*, T*);                    \
+    template void relu_dx<T>(const Layout<3>&, const T*, const T*, T*);       \
     template void activation_grad<T>(const Layout<2>&, T*, const T*, double); \
     template void mask_run<T>(Index, T*, const T*, double);
 HPCTRAIN_FOR(float)

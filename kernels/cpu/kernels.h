@@ -64,15 +64,24 @@ void activate_dx(Activation kind, const Layout<3>& layout, const T* dy, const T*
 
 // --- pooling.cpp ---
 
-// The layout is that of the outputs, its strides those of the first element of each window in x (or dx), of out (or
-// dy), and of index. `taps` are the offsets of the elements of a window from its first one.
+struct Pooling {
+    // Of one sample's outputs. Strides are those of the first element of each window in x (or dx), of out (or dy), and
+    // of index; `sample` are the ones from sample to sample.
+    Layout<3> outputs;
+    std::array<Index, 3> sample;
+    Index samples, channels;
+    // Offsets of the elements of a window from its first one.
+    const Index* taps;
+    std::int32_t tap_count;
+    // No two windows share an element.
+    bool disjoint;
+};
+
 template <class T>
-void max_pool(const Layout<3>& outputs, Index channels, const Index* taps, std::int32_t tap_count, const T* x, T* out,
-              std::int32_t* index);
-// Adds to dx.
+void max_pool(const Pooling& pooling, const T* x, T* out, std::int32_t* index);
+// Adds to dx, or, of disjoint windows, writes all of their elements.
 template <class T>
-void max_pool_dx(const Layout<3>& outputs, Index channels, const Index* taps, std::int32_t tap_count, const T* dy,
-                 const std::int32_t* index, T* dx);
+void max_pool_dx(const Pooling& pooling, const T* dy, const std::int32_t* index, T* dx);
 
 // --- reduction.cpp ---
 

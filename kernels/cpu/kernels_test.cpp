@@ -22,8 +22,10 @@ void expect_near(const char* what, double got, double want, double tolerance) {
 
 template <class T>
 T from(double value) {
-    if constexpr (std::is_same_v<T, std::int32_t>) return std::int32_t(value);
-    else return store<T>(Real<T>(value));
+    if constexpr (std::is_same_v<T, std::int32_t>)
+        return std::int32_t(value);
+    else
+        return store<T>(Real<T>(value));
 }
 
 // Positions (a, b) of rows of `channels`, inside a larger allocation: `pad` unused elements end each line of b rows.
@@ -118,8 +120,8 @@ void test_normalization(Index a, Index b, Index channels, Index pad, std::mt1993
     if (x.data.size() > 5) x.data[5] = store<T>(std::numeric_limits<Real<T>>::quiet_NaN());
     for (const T* added : {static_cast<const T*>(nullptr), static_cast<const T*>(y.data.data())}) {
         for (double slope : {1.0, 0.0, 0.25}) {
-            normalize<T>(added ? layout_of<T>(true, x, y, out) : layout_of<T>(true, x, x, out), channels,
-                         x.data.data(), added, v[0], v[1], gamma, beta, slope, out.data.data());
+            normalize<T>(added ? layout_of<T>(true, x, y, out) : layout_of<T>(true, x, x, out), channels, x.data.data(),
+                         added, v[0], v[1], gamma, beta, slope, out.data.data());
             each(x, [&](Index i, Index j, Index c) {
                 double want = (x.value(i, j, c) - v[0][c]) * v[1][c] * gamma[c] + beta[c];
                 if (added) want += y.value(i, j, c);
@@ -176,8 +178,8 @@ void test_reductions(Index a, Index b, Index channels, Index pad, std::mt19937& 
         const T* mask = slope == 1 ? nullptr : y.data.data();
         const auto with_y = [&](auto& g) { return mask ? layout_of<T>(true, g, y) : layout_of<T>(true, g, g); };
         bias_grad<T>(with_y(again), channels, again.data.data(), mask, slope, bias.data.data());
-        normalize_grad<T>(mask ? layout_of<T>(true, dy, x, y) : layout_of<T>(true, dy, x, dy), channels,
-                          dy.data.data(), x.data.data(), mask, slope, mean, rstd, first, second);
+        normalize_grad<T>(mask ? layout_of<T>(true, dy, x, y) : layout_of<T>(true, dy, x, dy), channels, dy.data.data(),
+                          x.data.data(), mask, slope, mean, rstd, first, second);
         std::vector<long double> sum_dy(size_t(channels), 0), product(sum_dy);
         each(x, [&](Index i, Index j, Index c) {
             const T g = before.at(i, j, c);
@@ -295,17 +297,17 @@ void test_pooling(Index channels, Index pad, Index kernel, Index stride, Index d
     for (Index s = 0; s < kernel; ++s) {
         for (Index t = 0; t < kernel; ++t) taps.push_back((s * x.line() + t * channels) * dilation);
     }
-    const auto outputs = [&](const Block<T>& rows) {
+    const auto pooling = [&](const Block<T>& rows) {
         Layout<3> layout;
-        layout.append(oa, {stride * x.line(), rows.line(), index.line()});
+        const std::array<Index, 3> line{stride * x.line(), rows.line(), index.line()};
+        const bool disjoint = stride >= kernel && dilation == 1;  // then lines may be taken as samples
+        if (!disjoint) layout.append(oa, line);
         layout.append(ob, {stride * channels, channels, channels});
         layout.end_in_rows();
-        return layout;
+        return Pooling{layout, line, disjoint ? oa : 1, channels, taps.data(), std::int32_t(taps.size()), disjoint};
     };
-    max_pool<T>(outputs(y), channels, taps.data(), std::int32_t(taps.size()), x.data.data(), y.data.data(),
-                index.data.data());
-    max_pool_dx<T>(outputs(dy), channels, taps.data(), std::int32_t(taps.size()), dy.data.data(), index.data.data(),
-                   dx.data.data());
+    max_pool<T>(pooling(y), x.data.data(), y.data.data(), index.data.data());
+    max_pool_dx<T>(pooling(dy), dy.data.data(), index.data.data(), dx.data.data());
     for (size_t i = 0; i < dx.data.size(); ++i) left.data[i] = load(dx.data[i]);
     each(y, [&](Index i, Index j, Index c) {
         Index winner = 0;

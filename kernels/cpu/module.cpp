@@ -35,6 +35,20 @@ void vector(const char* name, const A& a, const More&... more) {
     channels(name, a, a, more...);
 }
 
+// Of a few channels single ones are faster than short vectors.
+constexpr Index FEW = 16;
+
+template <class X, class Y, class I>
+Pooling pooling(const Windows& windows, const X& x, const Y& y, const I& index) {
+    return {windows.outputs,
+            {Index(x.stride(0)), Index(y.stride(0)), Index(index.stride(0))},
+            Index(x.shape(0)),
+            Index(x.shape(x.ndim() - 1)),
+            windows.taps.data(),
+            std::int32_t(windows.taps.size()),
+            windows.disjoint && Index(x.shape(x.ndim() - 1)) >= FEW};
+}
+
 template <class T>
 void define(nb::module_& m) {
     using I = const In<T>&;
@@ -88,8 +102,7 @@ void define(nb::module_& m) {
         m, "max_pool",
         [](I x, O out, IndexOut index, const Numbers& kernel, const Numbers& stride, const Numbers& dilation) {
             const Windows w = windows("max_pool", x, out, index, kernel, stride, dilation);
-            max_pool<T>(w.outputs, Index(x.shape(x.ndim() - 1)), w.taps.data(), std::int32_t(w.taps.size()), x.data(),
-                        out.data(), index.data());
+            max_pool<T>(pooling(w, x, out, index), x.data(), out.data(), index.data());
         },
         arg("x"), arg("out"), arg("index"), arg("kernel"), arg("stride"), arg("dilation"));
 
@@ -97,9 +110,12 @@ void define(nb::module_& m) {
         m, "max_pool_dx",
         [](I dy, IndexIn index, O out, const Numbers& kernel, const Numbers& stride, const Numbers& dilation) {
             const Windows w = windows("max_pool_dx", out, dy, index, kernel, stride, dilation);
-            by_runs(elements("max_pool_dx", out), [&](Index n, auto& at) { std::fill_n(out.data() + at[0], n, T{}); });
-            max_pool_dx<T>(w.outputs, Index(out.shape(out.ndim() - 1)), w.taps.data(), std::int32_t(w.taps.size()),
-                           dy.data(), index.data(), out.data());
+            const Pooling p = pooling(w, out, dy, index);
+            if (!p.disjoint || !w.cover) {
+                by_runs(elements("max_pool_dx", out),
+                        [&](Index n, auto& at) { std::fill_n(out.data() + at[0], n, T{}); });
+            }
+            max_pool_dx<T>(p, dy.data(), index.data(), out.data());
         },
         arg("dy"), arg("index"), arg("out"), arg("kernel"), arg("stride"), arg("dilation"));
 
@@ -126,7 +142,6 @@ void define(nb::module_& m) {
             }
         },
         arg("dy"), arg("out"), arg("scale"));
-
 }
 
 // Weights are never bf16.
@@ -181,9 +196,8 @@ void define_updates(nb::module_& m) {
 }
 
 void define_refusals(nb::module_& m) {
-    for (const char* name :
-         {"add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx", "max_pool", "max_pool_dx",
-          "sum_positions", "spread_positions"}) {
+    for (const char* name : {"add", "multiply", "relu", "relu_dx", "activation_grad", "activate", "activate_dx",
+                             "max_pool", "max_pool_dx", "sum_positions", "spread_positions"}) {
         refuse_others(m, name, TAKES);
     }
     for (const char* name : {"sgd_update", "adam_update", "lars_update", "sum_squares"})

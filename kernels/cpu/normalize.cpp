@@ -55,9 +55,8 @@ HPCTRAIN_CLONES void normalize_rows(Index rows, Index width, const T* x, Index x
 }
 
 template <class T, class F>
-HPCTRAIN_CLONES void normalize_add_rows(Index rows, Index width, const T* x, Index x_step, const T* add,
-                                        Index add_step, T* out, Index out_step, const Vectors<Real<T>, 3>& v,
-                                        Real<T> slope) {
+HPCTRAIN_CLONES void normalize_add_rows(Index rows, Index width, const T* x, Index x_step, const T* add, Index add_step,
+                                        T* out, Index out_step, const Vectors<Real<T>, 3>& v, Real<T> slope) {
     for (Index r = 0; r < rows; ++r, x += x_step, add += add_step, out += out_step) {
 #pragma GCC ivdep
         for (Index i = 0; i < width; ++i) {
@@ -132,12 +131,12 @@ void normalize_dx(const Layout<3>& layout, Index channels, const T* dy, const T*
     });
 }
 
-#define HPCTRAIN_FOR(T)                                                                                              \
-    template void bias_add<T>(const Layout<1>&, Index, T*, const Real<T>*);                                          \
-    template void spread_positions<T>(const Layout<1>&, Index, const T*, T*, Real<T>);                               \
-    template void normalize<T>(const Layout<3>&, Index, const T*, const T*, const double*, const double*,            \
-                               const Real<T>*, const Real<T>*, double, T*);                                          \
-    template void normalize_dx<T>(const Layout<3>&, Index, const T*, const T*, const double*, const double*,         \
+#define HPCTRAIN_FOR(T)                                                                                      \
+    template void bias_add<T>(const Layout<1>&, Index, T*, const Real<T>*);                                  \
+    template void spread_positions<T>(const Layout<1>&, Index, const T*, T*, Real<T>);                       \
+    template void normalize<T>(const Layout<3>&, Index, const T*, const T*, const double*, const double*,    \
+                               const Real<T>*, const Real<T>*, double, T*);                                  \
+    template void normalize_dx<T>(const Layout<3>&, Index, const T*, const T*, const double*, const double*, \
                                   const Real<T>*, const double*, const double*, T*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)

@@ -5,12 +5,12 @@
 // like log n. All this in double; but what is squared or multiplied is added in the arrays' own precision over runs of
 // RUN rows, which is as fast as memory gives them, where double would take twice as long.
 //
-// What that costs: with u = 2^-24, each term of a run is rounded at most RUN + 2 times (difference, product, additions),
-// so that a sum errs by (RUN + 2) u times the sum of |terms|: 1.1e-6, and only if all roundings went one way. Squares
-// are of differences from the mean of the first piece of their block. With k that mean's distance from the block's in
-// standard deviations, 1 + k^2 <= BLOCK / PIECE, as the piece alone makes that much variance; the sum of squares is
-// 1 + k^2 times what it would be about the mean, and m2 errs by BLOCK / PIECE (RUN + 2) u < 1e-5 at most. A block whose
-// sums overflow is taken again in double.
+// What that costs: with u = 2^-24, each term of a run is rounded at most RUN + 2 times (difference, product,
+// additions), so that a sum errs by (RUN + 2) u times the sum of |terms|: 1.1e-6, and only if all roundings went one
+// way. Squares are of differences from the mean of the first piece of their block. With k that mean's distance from the
+// block's in standard deviations, 1 + k^2 <= BLOCK / PIECE, as the piece alone makes that much variance; the sum of
+// squares is 1 + k^2 times what it would be about the mean, and m2 errs by BLOCK / PIECE (RUN + 2) u < 1e-5 at most. A
+// block whose sums overflow is taken again in double.
 #include <cmath>
 
 #include "kernels.h"
@@ -260,11 +260,11 @@ void normalize_grad(const Layout<3>& layout, Index channels, T* dy, const T* x, 
     });
 }
 
-#define HPCTRAIN_FOR(T)                                                                                       \
-    template void bias_grad<T>(const Layout<2>&, Index, T*, const T*, double, Real<T>*);                      \
-    template void sum_positions<T>(const Layout<1>&, Index, const T*, T*, double);                            \
-    template void moments<T>(const Layout<1>&, Index, const T*, double*, double*);                            \
-    template void normalize_grad<T>(const Layout<3>&, Index, T*, const T*, const T*, double, const double*,   \
+#define HPCTRAIN_FOR(T)                                                                                     \
+    template void bias_grad<T>(const Layout<2>&, Index, T*, const T*, double, Real<T>*);                    \
+    template void sum_positions<T>(const Layout<1>&, Index, const T*, T*, double);                          \
+    template void moments<T>(const Layout<1>&, Index, const T*, double*, double*);                          \
+    template void normalize_grad<T>(const Layout<3>&, Index, T*, const T*, const T*, double, const double*, \
                                     const double*, double*, double*);
 HPCTRAIN_FOR(float)
 HPCTRAIN_FOR(double)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from math import prod
 
-import ml_dtypes
 import numpy as np
 import pytest
 from cases import Arrays, cases
@@ -17,12 +16,12 @@ from cases import Arrays, cases
 from hpctrain.backends.base import ACTIVATIONS
 from hpctrain.backends.native import Native
 from hpctrain.backends.reference import Reference
+from hpctrain.precision import BF16
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("HPCTRAIN_NATIVE") == "0", reason="HPCTRAIN_NATIVE=0: installed without compiled kernels"
 )
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
 HALF, SINGLE = 2.0**-8, 2.0**-24
 """The relative error of rounding to bf16 (8 bits) and to float32 (24 bits)."""
 

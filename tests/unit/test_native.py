@@ -213,6 +213,23 @@ def test_bits_do_not_depend_on_strides(channels: int, seed: int) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("channels", [3, 64, 700])
+def test_bits_do_not_depend_on_threads(channels: int, seed: int) -> None:
+    native, rng, results = Native(), np.random.default_rng(seed), []
+    x, y, dy = rng.standard_normal((3, 5, 13, 700 * 64 // (13 * channels) + 1, channels)).astype(np.float32)
+    for threads in (1, 2, 3):
+        native.use_threads(threads)
+        mean, m2, sums, sums_xhat = np.zeros((4, channels))
+        out, masked, bias = np.empty_like(x), dy.copy(), np.zeros(channels, np.float32)
+        native.moments(x, mean, m2)
+        native.normalize(x, mean, 1 / np.sqrt(m2), mean.astype(np.float32), bias, out, y, 0.0)
+        native.normalize_grad(masked, x, mean, m2, sums, sums_xhat, y, 0.25)
+        native.bias_grad(dy, bias)
+        results.append(b"".join(a.tobytes() for a in (mean, m2, out, masked, sums, sums_xhat, bias)))
+    native.use_threads(1)
+    assert results[0] == results[1] == results[2]
+
+
 def test_innermost_dim_may_be_strided_for_elementwise_operations(seed: int) -> None:
     rng, out = np.random.default_rng(seed), np.zeros((7, 5, 3), np.float32)
     a, b = rng.standard_normal((2, 3, 5, 7)).astype(np.float32)
