@@ -106,24 +106,24 @@ void conv_dw_floats(I x, I dy, O out, const Numbers& stride, const Numbers& dila
     e.conv_dw(c, x.data(), dy.data(), out.data());
 }
 
-const Bf16* bf16(HalfI a) { return reinterpret_cast<const Bf16*>(a.data()); }
-Bf16* bf16(HalfO a) { return reinterpret_cast<Bf16*>(a.data()); }
+const Bf16* halves(HalfI a) { return reinterpret_cast<const Bf16*>(a.data()); }
+Bf16* halves(HalfO a) { return reinterpret_cast<Bf16*>(a.data()); }
 
 void conv_bf16(HalfI x, HalfI w, HalfO out, const Numbers& stride, const Numbers& dilation, Index groups,
                const Bias& bias, bool exact, double slope) {
     const Convolution c = convolution("conv", x, w, out, stride, dilation, groups);
-    conv(c, bf16(x), bf16(w), {bias_of("conv", bias, c.groups * c.filters), false, float(slope)}, exact, bf16(out));
+    conv(c, halves(x), halves(w), {bias_of("conv", bias, c.groups * c.filters), false, float(slope)}, exact, halves(out));
 }
 
 void conv_dx_bf16(HalfI dy, HalfI w, HalfO out, const Numbers& stride, const Numbers& dilation, Index groups,
                   bool exact) {
     const Convolution c = convolution("conv_dx", out, w, dy, stride, dilation, groups);
-    conv_dx(c, bf16(dy), bf16(w), exact, bf16(out));
+    conv_dx(c, halves(dy), halves(w), exact, halves(out));
 }
 
 void conv_dw_bf16(HalfI x, HalfI dy, O out, const Numbers& stride, const Numbers& dilation, Index groups, bool exact) {
     const Convolution c = convolution("conv_dw", x, out, dy, stride, dilation, groups);
-    conv_dw(c, bf16(x), bf16(dy), exact, out.data());
+    conv_dw(c, halves(x), halves(dy), exact, out.data());
 }
 
 // Winograd's convolution whether it is faster or not, with its tiles anywhere.
@@ -185,7 +185,7 @@ std::pair<Index, Index> steps(const A& a, bool transpose) {
 }
 
 Matrix matrix(I a, std::pair<Index, Index> steps) { return {a.data(), steps.first, steps.second}; }
-Bf16Matrix matrix(HalfI a, std::pair<Index, Index> steps) { return {bf16(a), steps.first, steps.second}; }
+Bf16Matrix matrix(HalfI a, std::pair<Index, Index> steps) { return {halves(a), steps.first, steps.second}; }
 
 // Calls compute(m, n, k, a, b, bias) for the product of two matrices.
 template <class A, class C, class Compute>
@@ -209,7 +209,7 @@ void gemm_floats(I a, I b, O out, bool transpose_a, bool transpose_b, const Bias
 
 void gemm_bf16(HalfI a, HalfI b, HalfO out, bool transpose_a, bool transpose_b, const Bias& bias, double slope) {
     product(a, b, out, transpose_a, transpose_b, bias, [&](Index m, Index n, Index k, auto left, auto right, auto b) {
-        gemm(m, n, k, left, right, {b, false, float(slope)}, bf16(out), Index(out.stride(0)));
+        gemm(m, n, k, left, right, {b, false, float(slope)}, halves(out), Index(out.stride(0)));
     });
 }
 
@@ -255,9 +255,9 @@ void define_engine(nb::module_& m) {
         arg("bias") = nb::none(), arg("slope") = 1.0);
     def(m, "gemm", gemm_bf16_to_floats, arg("a"), arg("b"), arg("out"), arg("transpose_a") = false,
         arg("transpose_b") = false, arg("bias") = nb::none(), arg("slope") = 1.0);
-    def(m, "widen", [](HalfI x, O out) { engine().widen(vectors("widen", x, out), bf16(x), out.data()); }, arg("x"),
+    def(m, "widen", [](HalfI x, O out) { engine().widen(vectors("widen", x, out), halves(x), out.data()); }, arg("x"),
         arg("out"));
-    def(m, "narrow", [](I x, HalfO out) { engine().narrow(vectors("narrow", out, x), x.data(), bf16(out)); }, arg("x"),
+    def(m, "narrow", [](I x, HalfO out) { engine().narrow(vectors("narrow", out, x), x.data(), halves(out)); }, arg("x"),
         arg("out"));
     for (const char* name : {"conv", "conv_dx", "conv_dw", "winograd_conv", "winograd_dx", "winograd_dw", "gemm", "widen", "narrow"}) {
         refuse_others(m, name,
