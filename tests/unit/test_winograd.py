@@ -196,7 +196,7 @@ def test_nan_reaches_the_outputs_that_see_it(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("size", "channels", "filters", "kernel", "stride"),
-    [((115, 118), 3, 64, 11, 4), ((61, 64), 1, 40, 5, 2), ((60, 51), 2, 48, 6, 2), ((70, 66), 2, 33, 9, 2)],
+    [((115, 118), 3, 64, 11, 4), ((61, 64), 8, 40, 5, 2), ((60, 51), 2, 48, 6, 2), ((70, 66), 2, 33, 9, 2)],
 )
 def test_strided_convolutions_of_few_channels(
     engine: Any, size: tuple[int, int], channels: int, filters: int, kernel: int, stride: int
@@ -213,7 +213,8 @@ def test_strided_convolutions_of_few_channels(
         getattr(engine, name)(*given, direct, steps, ones, 1, exact=True)
         getattr(reference, name)(*(a.astype(float) for a in given), want, steps, ones, 1)
         assert not np.array_equal(got, direct), name
-        assert max(error(got, want), error(direct, want)) < 1e-5, name
+        assert error(got, want) < 2e-5, name
+        assert error(direct, want) < 2e-6, name
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
