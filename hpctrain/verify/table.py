@@ -170,10 +170,12 @@ def _layers(found: Sequence[Row], every: bool) -> Iterator[str]:
         if row.note:
             yield textwrap.fill(row.note, WIDTH, initial_indent="    ", subsequent_indent="    ")
     legend = ", ".join(f"{LETTERS[axis]} {axis}" for axis in axes)
+    fused = any(OUTPUT not in row.differences for row in shown)
     yield wrapped(
         "Largest differences of a layer's output, gradients of its inputs (dx) and weights (dw), and updated weights "
         "and running statistics (w), which start each step equal; relative to the largest element of the whole tensor"
         + (" (gradients with a second limit: root mean squares)" if any(r.tolerance.mean_square for r in shown) else "")
+        + (". A layer without output goes on with the next one" if fused else "")
         + (f". Blocks: {legend}" if legend else "")
         + "."
     )
