@@ -15,13 +15,13 @@ from hpctrain.data.make.volumes import make_volumes
 
 MIB = 2**20
 LIMIT = 256 * MIB
-"""Of each process: Python, MPI and libraries take 115 MiB, the network 291 on one rank and less than a third of it on
+"""Of each process: Python, MPI and libraries take 115 MiB, the network 310 on one rank and about a third of it on
 each of four."""
 
 CONFIG = """
 [model]
 name = "cosmoflow"
-options = {{ filters = 16 }}
+options = {{ filters = 32 }}
 [data]
 train = "{data}/train"
 [plan]
