@@ -121,7 +121,7 @@ class Poisoned(Reference):
     """Uninitialised memory happens to be 0 too often."""
 
     def empty(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        return np.full(shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
+        return np.full(shape, np.nan if dtype.kind == "f" else dtype.kind == "b" or np.iinfo(dtype).max, dtype)
 
 
 def poison(executor: Executor) -> None:
