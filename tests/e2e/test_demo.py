@@ -39,7 +39,7 @@ def test_digits_are_read(digits: tuple[Path, float]) -> None:
 )
 def test_digits_are_read_as_well_otherwise(digits: tuple[Path, float], tmp_path: Path, words: list[str]) -> None:
     folder, accuracy = digits
-    ended = runs.train(2, folder / "digits.toml", f"run.folder={tmp_path / 'run'}", *words, timeout=300)
+    ended = runs.train(4, folder / "digits.toml", f"run.folder={tmp_path / 'run'}", *words, timeout=300)
     assert ended.status == 0, ended.stderr
     found = runs.records(tmp_path / "run", "epoch")[-1]["test_accuracy"]
     print(f"{' '.join(words)}: test accuracy {found:.4f}, by default {accuracy:.4f}")
