@@ -64,7 +64,7 @@ class Executor:
         """Time this rank has spent in each phase."""
         self._allreduce = allreduce.get(plan.allreduce).allreduce
         self._grids: dict[Partition, ProcessGrid] = {}
-        self.layouts, self.economy = layouts(graph, plan), economy
+        self.layouts = layouts(graph, plan)
         self._differentiable, self._losses = differentiable(graph), graph.losses
         self.schedule = schedule(graph, self.layouts, economy)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)

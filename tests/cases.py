@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -117,3 +120,11 @@ def cases(
         arrays = Arrays(dtype, seed + number, strided=number % 4 >= 2)
         yield geometry, arrays
         arrays.check_surroundings()
+
+
+def printed_floats(program: str, argument: str, threads: int) -> np.ndarray:
+    """The float32 numbers that a Python program writes to stdout, run in a process of its own with so many threads."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_DYNAMIC": "false"}
+    ended = subprocess.run([sys.executable, "-c", program, argument], env=environment, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return np.frombuffer(ended.stdout, np.float32)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from driving import Poisoned
 from executing import TOLERANCE, forward_backward, load_weights
 from networks import CASES, NETWORKS, Data, draw, network, random_plan, single
 
@@ -14,7 +15,6 @@ from hpctrain.backends.reference import Reference
 from hpctrain.executor import Executor
 from hpctrain.graph import Graph
 from hpctrain.models import Sample
-from hpctrain.partition import Shape
 from hpctrain.planner import memory
 from hpctrain.planner.layout import edges, sent_bytes
 from hpctrain.planner.plan import Plan
@@ -23,15 +23,6 @@ from hpctrain.planner.schedule import KEEP, Economy
 STEPS = 2
 REUSE = [Economy(reuse=True), *(Economy(reuse=True, recompute=n) for n in (2, 3, 100))]
 FUSE = [Economy(fuse=True), Economy(fuse=True, reuse=True), Economy(fuse=True, reuse=True, recompute=4)]
-
-
-class Poisoned(Reference):
-    """What is made without a value holds NaN."""
-
-    def empty(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        found = np.empty(shape, dtype)
-        found.view(np.uint8).fill(0xFF)  # NaN in every float type
-        return found
 
 
 def train(net: Graph, plan: Plan, comm: Any, data: Data, economy: Economy) -> tuple[dict[str, np.ndarray], Executor]:

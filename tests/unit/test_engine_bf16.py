@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import Arrays, Geometry, geometries, tolerance
+from cases import Arrays, Geometry, geometries, printed_floats, tolerance
 
 from hpctrain.backends.reference import Reference
 from hpctrain.backends.rounding import to_bfloat16
@@ -282,12 +280,7 @@ for left, right in ((a, b), (a, b.T.copy().T), (b.T, a.T), (a[:, :40].T, a)):
 
 def test_threads(isa: str) -> None:
     """The same bits every time with a fixed number of threads; with another number the same but for rounding."""
-    found = []
-    for threads in (1, 2, 5, 5):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_DYNAMIC": "false"}
-        command = [sys.executable, "-c", THREADS, isa]
-        done = subprocess.run(command, env=environment, capture_output=True, check=True)
-        found.append(np.frombuffer(done.stdout, np.float32))
+    found = [printed_floats(THREADS, isa, threads) for threads in (1, 2, 5, 5)]
     assert found[0].size > 100_000
     assert found[2].tobytes() == found[3].tobytes()
     for other in found[1:]:
