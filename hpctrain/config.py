@@ -1,22 +1,13 @@
-"""The configuration of a run: frozen structs filled from TOML and overrides. Every default is stated here, once."""
+"""The configuration of a run: frozen structs, filled by `config_file`. Every default is stated here, once."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
-from hpctrain.errors import ConfigError
 from hpctrain.partition import Partition
-from hpctrain.toml_errors import Problem, find_problems, report
-from hpctrain.toml_text import dumps, lay_over, parse_override, read
 
 Name = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1)]
@@ -24,6 +15,22 @@ Whole = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
+
+Allreduce = Literal[
+    "ring",
+    "segmented_ring",
+    "recursive_doubling",
+    "halving_doubling",
+    "binary_blocks",
+    "tree",
+    "hierarchical",
+    "two_dimensional",
+    "shared",
+    "mpi",
+    "horovod",
+    "nccl",
+]
+"""The names of comm.allreduce.TABLE."""
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,8 +76,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     grid: Grid | Name = Grid()
     """One grid for all layers, or the path of a plan.json."""
-    allreduce: Literal["ring", "mpi"] | None = None
-    """How gradients are summed; as a plan file says, or else by ring, when absent."""
+    allreduce: Allreduce | None = None
+    """The algorithm that sums gradients; as a plan file says, or else chosen by size and ranks, when absent."""
+    bucket_mib: Positive = 16.0
+    """Gradients are summed in pieces of about so many MiB, each as soon as backward has completed it."""
+    overlap: bool | None = None
+    """Whether backward goes on meanwhile; when absent, only where ranks are on several hosts."""
 
 
 class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -90,8 +101,16 @@ class Schedule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How weights are updated."""
 
-    name: Literal["sgd", "adam", "lars"] = "sgd"
+    name: Literal["sgd", "adam", "lars", "lamb"] = "sgd"
     lr: Positive
+    scale_lr: Literal["none", "linear"] = "none"
+    """linear: `lr` is that of `base_batch` samples, and is multiplied by train.batch / base_batch."""
+    base_batch: Count = 256
+    """scale_lr = linear."""
+    clip_norm: NotNegative = 0.0
+    """Gradients whose norm over the whole network is longer are shortened to it; 0 is never."""
+    shard: bool = False
+    """Each of the ranks that hold a parameter updates a share of it and keeps the optimizer's state of that alone."""
     momentum: Fraction = 0.0
     """sgd, lars."""
     nesterov: bool = False
@@ -100,11 +119,11 @@ class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     decoupled_decay: bool = False
     """adam: weights shrink by lr * weight_decay apart from the gradient: AdamW."""
     beta1: Fraction = 0.9
-    """adam: how much of the gradient's running mean stays at each update."""
+    """adam, lamb: how much of the gradient's running mean stays at each update."""
     beta2: Fraction = 0.999
-    """adam: the same for the mean of its square."""
+    """adam, lamb: the same for the mean of its square."""
     eps: Positive = 1e-8
-    """adam: added to the root of the latter."""
+    """adam, lamb: added to the root of the latter."""
     trust_coefficient: Positive = 0.001
     """lars: how long a step of a parameter is beside its norm, at lr = 1 and without momentum."""
     schedule: Schedule = Schedule()
@@ -116,6 +135,8 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     epochs: Count
     batch: Count
     """Samples of a step, over all ranks. What does not fill an epoch's last one is left out; evaluation pads it."""
+    accumulate: Count = 1
+    """The batch is computed in so many parts, one after the other, and their gradients are added before the update."""
     seed: Whole = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16: tensors between layers and the weights that these use; sums, gradients, updates and losses are float32."""
@@ -132,11 +153,45 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Epochs between evaluations."""
 
 
+class Sync(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How replicas of the network keep together: by one sum of gradients in every step, or more loosely."""
+
+    strategy: Literal["allreduce", "local", "elastic", "gossip-pull", "gossip-push", "backup"] = "allreduce"
+    replicas: Count | None = None
+    """All but allreduce: so many copies of the network, each on a plan of its own; as many as fit when absent."""
+    period: Count = 1
+    """local, elastic, gossip: steps from one averaging to the next."""
+    rate: Positive | None = None
+    """elastic: how far a replica and the centre move towards each other; 0.8 / replicas when absent."""
+    spare: Whole = 0
+    """backup: how many replicas a step does not wait for."""
+
+
+class Compress(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What gradients are turned into on the way between ranks; what gets lost is added to the next ones."""
+
+    codec: Literal["none", "fp16", "bf16", "onebit", "qsgd", "terngrad", "topk", "powersgd"] = "none"
+    bits: Annotated[int, Meta(ge=2, le=8)] = 4
+    """qsgd: of each number, its sign included."""
+    sparsity: Fraction = 0.999
+    """topk: the share of numbers that is not sent."""
+    warmup_epochs: NotNegative = 4.0
+    """topk: how long until the sparsity is reached, from 0.75."""
+    clip: NotNegative = 0.0
+    """topk: gradients of a rank are shortened to this norm over the root of the ranks; 0 is never."""
+    rank: Count = 2
+    """powersgd: of the two factors of each gradient matrix."""
+    force: bool = False
+    """Compress even where that is slower on this machine."""
+
+
 class Memory(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is traded for memory."""
 
     recompute: bool = False
     """Backward computes most of the forward pass a second time instead of keeping what it needs of it."""
+    share_weights: bool = False
+    """Ranks of one host that hold the same weights keep one copy, of which each updates a share."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -155,6 +210,17 @@ class Run(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The run folder; `runs/NAME` for NAME.toml when absent."""
     log_every: Positive = 10.0
     """Seconds between lines of progress where there is no terminal to draw on."""
+    stall_seconds: Positive = 60.0
+    """A rank that waits longer for others says what for."""
+    abort_seconds: Positive = 600.0
+    """A rank that waits longer for others ends the job."""
+
+
+class Debug(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Checks that cost time."""
+
+    collectives: bool = False
+    """Before ranks communicate, they compare what they are about to do."""
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -165,145 +231,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     plan: Plan = Plan()
     optim: Optim
     train: Train
+    sync: Sync = Sync()
+    compress: Compress = Compress()
     memory: Memory = Memory()
     checkpoint: Checkpoint = Checkpoint()
     run: Run
-
-
-# --- reading and writing ---------------------------------------------------------------------------------------------
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in `path`, with `section.key=value` overrides laid over it.
-
-    An override's value is TOML, or else taken as text; an empty one restores the default. Relative paths in the file
-    and in overrides count from the current directory, not from the file, and come out absolute: what `to_toml` writes
-    into the run folder then works from anywhere. Raises ConfigError that lists every mistake, each with its line.
-    """
-    text, table = read(path)
-    given = [parse_override(word) for word in overrides]
-    for key_path, value in given:
-        lay_over(table, key_path, value)
-    if isinstance(run := table.setdefault("run", {}), dict):
-        run.setdefault("folder", f"runs/{path.stem}")
-    problems = find_problems(Config, table)
-    if not problems:
-        config = msgspec.convert(table, Config)
-        problems = list(_contradictions(config))
-        if not problems:
-            return _absolute(config)
-    raise ConfigError(report(path, text, table, [key_path for key_path, _ in given], problems))
-
-
-def to_toml(config: Config) -> str:
-    """`config` with every default written out, as TOML that `load` reads back equal."""
-    return dumps(_builtins(config))
-
-
-def config_hash(config: Config) -> str:
-    """16 hex digits of what a run must share with the one whose checkpoint it goes on from.
-
-    That is the network, how samples are treated and in what order and batches they come, and the precision. Left out is
-    what may change on the way (a resumed run says what did): how the work is cut and by which backend, where data lies
-    (its index names the content), the optimizer's numbers, evaluation, checkpoints, logging, and when to stop.
-    """
-    table = _builtins(config)
-    for path in _MAY_CHANGE:
-        section, _, key = path.partition(".")
-        if key:
-            del table[section][key]
-        else:
-            del table[section]
-    table["model"]["name"] = Path(config.model.name).name
-    return hashlib.blake2b(msgspec.json.encode(table, order="sorted"), digest_size=8).hexdigest()
-
-
-_MAY_CHANGE = (
-    "data.train",
-    "data.test",
-    "data.verify",
-    "plan",
-    "optim",
-    "train.backend",
-    "train.exact",
-    "train.epochs",
-    "train.nonfinite",
-    "train.eval_every",
-    "train.steps",
-    "memory",
-    "checkpoint",
-    "run",
-)
-
-
-def _builtins(config: Config) -> dict[str, Any]:
-    dates = (datetime.datetime, datetime.date, datetime.time)  # TOML has them, so `model.options` may
-    table: dict[str, Any] = msgspec.to_builtins(config, builtin_types=dates)
-    return table
-
-
-# --- checks that need more than one key ------------------------------------------------------------------------------
-
-_OPTIM_KEYS = {
-    "sgd": ("momentum", "nesterov"),
-    "adam": ("beta1", "beta2", "eps", "decoupled_decay"),
-    "lars": ("momentum", "trust_coefficient"),
-}
-
-_SCHEDULE_KEYS = {
-    "constant": (),
-    "step": ("milestones", "gamma"),
-    "cosine": ("final_lr",),
-    "polynomial": ("power", "final_lr"),
-}
-
-
-def _contradictions(config: Config) -> Iterator[Problem]:
-    """Keys that are right alone and wrong together."""
-    optim, train, grid = config.optim, config.train, config.plan.grid
-    schedule = optim.schedule
-    yield from _without_effect(("optim",), optim, Optim(lr=optim.lr), _OPTIM_KEYS, "optimizer")
-    yield from _without_effect(("optim", "schedule"), schedule, Schedule(), _SCHEDULE_KEYS, "schedule")
-    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
-        yield Problem(("optim", "nesterov"), "needs momentum; set optim.momentum, for instance 0.9")
-    if optim.name == "adam" and optim.decoupled_decay and optim.weight_decay == 0:
-        yield Problem(("optim", "decoupled_decay"), "needs a decay; set optim.weight_decay, for instance 0.01")
-    if schedule.name == "step" and not schedule.milestones:
-        yield Problem(("optim", "schedule", "milestones"), "schedule 'step' needs epochs, for instance [30, 60]")
-    if list(schedule.milestones) != sorted(set(schedule.milestones)):
-        yield Problem(("optim", "schedule", "milestones"), "expected epochs in ascending order, each once")
-    if schedule.warmup_epochs > train.epochs:
-        yield Problem(("optim", "schedule", "warmup_epochs"), f"longer than the run; train.epochs is {train.epochs}")
-    if schedule.final_lr > optim.lr:
-        yield Problem(("optim", "schedule", "final_lr"), f"above optim.lr, which is {optim.lr}; rates only fall")
-    if train.exact and train.backend != "native":
-        yield Problem(("train", "exact"), f"has no effect with backend {train.backend!r}; it belongs to native")
-    if isinstance(grid, Grid) and grid.batch > train.batch:
-        text = f"more blocks than train.batch has samples ({train.batch}); lower the grid or raise the batch"
-        yield Problem(("plan", "grid", "batch"), text)
-
-
-def _without_effect(
-    path: tuple[str, ...], given: Any, default: Any, keys: Mapping[str, tuple[str, ...]], what: str
-) -> Iterator[Problem]:
-    """Keys of `given`, differing from `default`, that belong to choices of `given.name` other than the one made."""
-    for key, value in asdict(default).items():
-        users = [name for name, used in keys.items() if key in used]
-        if users and given.name not in users and getattr(given, key) != value:
-            text = f"has no effect with {what} {given.name!r}; it belongs to {' and '.join(users)}"
-            yield Problem((*path, key), text)
-
-
-def _absolute(config: Config) -> Config:
-    """`config` with the paths of files absolute."""
-    model, data, plan, run = config.model, config.data, config.plan, config.run
-    name = str(Path(model.name).absolute()) if re.search(r"\.(py:\w+)$", model.name) else model.name
-    test = None if data.test is None else str(Path(data.test).absolute())
-    grid = str(Path(plan.grid).absolute()) if isinstance(plan.grid, str) else plan.grid
-    return replace(
-        config,
-        model=replace(model, name=name),
-        data=replace(data, train=str(Path(data.train).absolute()), test=test),
-        plan=replace(plan, grid=grid),
-        run=replace(run, folder=str(Path(run.folder).absolute())),
-    )
+    debug: Debug = Debug()

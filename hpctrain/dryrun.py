@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain import launch, prepare
-from hpctrain.config import Config, to_toml
+from hpctrain.config import Config
+from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
 

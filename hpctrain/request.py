@@ -48,11 +48,11 @@ class RunRequest:
 
     def load(self) -> Config:
         """The config: that of CONFIG, or of the run folder to resume. Raises ConfigError or CheckpointError."""
-        from hpctrain import config
+        from hpctrain import config_file
 
         if self.run and self.path.parent == self.run and not self.path.is_file():
             raise CheckpointError(f"{self.run}: not a run folder, it has no config.toml; {_runs_near(self.run)}")
-        return config.load(self.path, self.overrides)
+        return config_file.load(self.path, self.overrides)
 
     def resume(self, config: Config) -> Path | None:
         """The run folder to continue, or None to start anew."""

@@ -10,7 +10,8 @@ import xxhash
 
 from hpctrain import environment
 from hpctrain.comm.world import World
-from hpctrain.config import Config, to_toml
+from hpctrain.config import Config
+from hpctrain.config_file import to_toml
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.planner.plan import Plan
 

@@ -12,7 +12,8 @@ import numpy as np
 from hpctrain import checkpoint, runfolder
 from hpctrain.checkpoint.tensors import blocks, restore
 from hpctrain.comm.world import World, all_ranks
-from hpctrain.config import Config, config_hash
+from hpctrain.config import Config
+from hpctrain.config_file import config_hash
 from hpctrain.console import Console
 from hpctrain.errors import CheckpointError, NumericsError
 from hpctrain.executor import Executor

@@ -20,6 +20,7 @@ LEVELS = {
             "regions",
             "errors",
             "config",
+            "config_file",
             "toml_text",
             "toml_errors",
             "randomness",

@@ -15,7 +15,8 @@ import launching
 import numpy as np
 import pytest
 
-from hpctrain import cli, config, demo
+from hpctrain import cli, config_file, demo
+from hpctrain.config import Grid
 from hpctrain.errors import CheckpointError, ConfigError, LaunchError
 from hpctrain.request import RunRequest, require_ranks
 
@@ -276,7 +277,7 @@ def test_resume_of_a_run_takes_its_config_and_folder(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("runs/a").mkdir(parents=True)
     Path("net.toml").write_text(CONFIG.format(folder="/d"))
-    Path("runs/a/config.toml").write_text(config.to_toml(config.load(Path("net.toml"))))
+    Path("runs/a/config.toml").write_text(config_file.to_toml(config_file.load(Path("net.toml"))))
     request = asked("train.epochs=7", resume="runs/a")
     found = request.load()
     assert (found.train.epochs, found.run.folder) == (7, str(tmp_path / "runs/a"))
@@ -380,8 +381,8 @@ def test_doctor_sees_an_mpirun_of_another_mpi(tmp_path: Path, monkeypatch: pytes
 def test_demo_writes_a_config_for_its_ranks(name: str, ranks: int, tmp_path: Path) -> None:
     path = tmp_path / "demo.toml"
     path.write_text(demo._toml(demo.DEMOS[name], tmp_path / "data", tmp_path / "run", ranks, epochs=1))
-    found = config.load(path)
-    assert isinstance(found.plan.grid, config.Grid)
+    found = config_file.load(path)
+    assert isinstance(found.plan.grid, Grid)
     assert found.plan.grid.partition.size == ranks
     assert found.run.folder == str(tmp_path / "run")
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain import config, toml_text
+from hpctrain import config_file, toml_text
 from hpctrain.config import Config, Grid
 from hpctrain.errors import ConfigError
 from hpctrain.partition import AXES, Partition
@@ -48,7 +48,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(path: Path, *overrides: str) -> str:
     """The message with which a config is refused."""
     with pytest.raises(ConfigError) as error:
-        config.load(path, overrides)
+        config_file.load(path, overrides)
     return str(error.value)
 
 
@@ -62,7 +62,7 @@ def changed(path: Path, old: str, new: str) -> Path:
 
 
 def test_values_and_defaults(file: Path) -> None:
-    found = config.load(file)
+    found = config_file.load(file)
     assert found.model.name == "lenet"
     assert found.plan.grid == Grid(batch=2, height=2)
     assert isinstance(found.plan.grid, Grid)
@@ -77,12 +77,12 @@ def test_grid_has_the_axes_of_a_partition() -> None:
 
 
 def test_paths_count_from_the_current_directory(file: Path) -> None:
-    found = config.load(file, ["plan.grid=plan.json", "model.name=nets/my.py:build"])
+    found = config_file.load(file, ["plan.grid=plan.json", "model.name=nets/my.py:build"])
     assert found.data.train == str(Path.cwd() / "shards/train")
     assert found.plan.grid == str(Path.cwd() / "plan.json")
     assert found.model.name == str(Path.cwd() / "nets/my.py:build")
     assert found.run.folder == str(Path.cwd() / "runs/net")  # named after the file
-    assert config.load(file, ["data.train=/elsewhere"]).data.train == "/elsewhere"
+    assert config_file.load(file, ["data.train=/elsewhere"]).data.train == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_paths_count_from_the_current_directory(file: Path) -> None:
     ],
 )
 def test_override(file: Path, override: str, key: str, value: Any) -> None:
-    found: Any = config.load(file, [override])
+    found: Any = config_file.load(file, [override])
     for name in key.split("."):
         found = getattr(found, name)
     assert found == value
@@ -109,13 +109,13 @@ def test_override(file: Path, override: str, key: str, value: Any) -> None:
 
 def test_resolved_config_reads_back_equal(file: Path) -> None:
     odd = 'model.options={a = "quote \\" backslash \\\\ tab \\t \\u007f é", b = [1.5, {c = true}], "d e" = 2024-01-02}'
-    found = config.load(
+    found = config_file.load(
         file, [odd, "optim.schedule={name='step', milestones=[3, 7]}", "train.steps=5", "optim.lr=1e-5"]
     )
     again = file.with_name("again.toml")
-    again.write_text(config.to_toml(found), encoding="utf-8")
-    assert config.load(again) == found
-    assert tomllib.loads(config.to_toml(found))["optim"]["momentum"] == 0.0  # defaults are written out
+    again.write_text(config_file.to_toml(found), encoding="utf-8")
+    assert config_file.load(again) == found
+    assert tomllib.loads(config_file.to_toml(found))["optim"]["momentum"] == 0.0  # defaults are written out
 
 
 TOML_VALUES = st.recursive(
@@ -143,7 +143,9 @@ def test_writer_agrees_with_the_standard_library_reader(table: dict[str, Any]) -
     ],
 )
 def test_hash_is_blind_to_what_only_rounds_reports_or_stops(file: Path, override: str) -> None:
-    assert config.config_hash(config.load(file, [override])) == config.config_hash(config.load(file))
+    assert config_file.config_hash(config_file.load(file, [override])) == config_file.config_hash(
+        config_file.load(file)
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,15 +156,17 @@ def test_hash_is_blind_to_what_only_rounds_reports_or_stops(file: Path, override
     ],
 )
 def test_hash_sees_what_changes_the_numbers(file: Path, override: str) -> None:
-    assert config.config_hash(config.load(file, [override])) != config.config_hash(config.load(file))
+    assert config_file.config_hash(config_file.load(file, [override])) != config_file.config_hash(
+        config_file.load(file)
+    )
 
 
 def test_hash_is_the_same_in_every_process(file: Path) -> None:
-    program = "import sys, pathlib, hpctrain.config as c; print(c.config_hash(c.load(pathlib.Path(sys.argv[1]))))"
+    program = "import sys, pathlib, hpctrain.config_file as c; print(c.config_hash(c.load(pathlib.Path(sys.argv[1]))))"
     for hash_seed in ("1", "2"):
         command = [sys.executable, "-c", program, str(file)]
         said = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True, check=True)
-        assert said.stdout.decode().strip() == config.config_hash(config.load(file))
+        assert said.stdout.decode().strip() == config_file.config_hash(config_file.load(file))
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
@@ -188,7 +192,12 @@ def test_hash_is_the_same_in_every_process(file: Path) -> None:
         ('name = "lenet"', 'name = ""', 3, ("model.name", "not empty")),
         ('name = "lenet"', "name = 5", 3, ("model.name = 5", "text in quotes")),
         ('name = "lenet"', 'name = "lenet"\noptions = 3', 4, ("model.options = 3", "a table")),
-        ("[plan]", '[plan]\nallreduce = "rng"', 7, ('plan.allreduce = "rng"', '"mpi", "ring"', 'did you mean "ring"?')),
+        (
+            "[plan]",
+            '[plan]\nallreduce = "rng"',
+            7,
+            ('plan.allreduce = "rng"', '"recursive_doubling", "ring"', 'did you mean "ring"?'),
+        ),
         ("grid = {batch = 2, height = 2}", "grid = 4", 7, ("plan.grid = 4", "a table with batch, depth", "text")),
         ("batch = 64", "batch = 1", 7, ("plan.grid.batch = 2", "train.batch", "(1)")),
         ("lr = 1", "lr = 1\nnesterov = true", 10, ("optim.nesterov = true", "optim.momentum")),
@@ -271,12 +280,12 @@ def test_missing_file_suggests_its_neighbour(file: Path) -> None:
 
 def test_windows_text_is_read(file: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
-    assert config.load(file).train.batch == 64
+    assert config_file.load(file).train.batch == 64
 
 
 def test_any_one_value_replaced_by_junk_is_refused_with_its_line(file: Path, seed: int) -> None:
     # Every line of a full config, its value replaced by one of another type.
-    full = config.to_toml(config.load(file, ["train.steps=5", "data.test=t", "model.options.a=1"]))
+    full = config_file.to_toml(config_file.load(file, ["train.steps=5", "data.test=t", "model.options.a=1"]))
     rng, lines, tried = random.Random(seed), full.splitlines(), 0
     for number, line in enumerate(lines, start=1):
         key, equals, _ = line.partition(" = ")
@@ -330,6 +339,6 @@ y = 1
 
 
 def test_config_is_immutable(file: Path) -> None:
-    found: Config = config.load(file)
+    found: Config = config_file.load(file)
     with pytest.raises(AttributeError):
         found.train.epochs = 3  # type: ignore[misc]
