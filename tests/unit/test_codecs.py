@@ -171,3 +171,51 @@ def test_one_rank_alone_keeps_its_gradient(name: str, seed: int) -> None:
         np.testing.assert_array_equal(mine, gradient(seed, 0, 0))
 
     together(1, task)
+
+
+def test_random_gradients(seed: int) -> None:
+    """Any codec, settings, ranks, parameters and float type: the same finite bits on all ranks, in the bytes stated."""
+    rng, rounds, sizes = np.random.default_rng(seed), 120, []
+    for case in range(rounds):
+        shapes = {f"p{i}": tuple(rng.integers(0, 9, rng.integers(0, 5)).tolist()) for i in range(rng.integers(1, 6))}
+        settings = {
+            "bits": int(rng.integers(2, 9)),
+            "sparsity": float(rng.choice([0, 0.5, 0.9, 0.999])),
+            "warmup_epochs": float(rng.choice([0, 1.0])),
+            "clip": float(rng.choice([0, 0.5])),
+            "rank": int(rng.integers(1, 5)),
+        }
+        name, dtype, ranks = rng.choice(list(TABLE)), rng.choice(["float32", "float64"]), int(rng.integers(2, 5))
+
+        def task(wire: Together, case: tuple = (case, name, dtype, shapes, settings)) -> list[bytes]:
+            number, name, dtype, shapes, settings = case
+            codec, found = make(name, wire.rank, shapes, dtype, **settings), []
+            for step in range(3):
+                mine = gradient(seed, 10 * number + step, wire.rank, codec.size, dtype)
+                counted = Counting(wire)
+                codec.sum_over(counted, mine, step, step / 2)
+                assert np.isfinite(mine).all()
+                assert counted.nbytes == sum(m.elements * m.itemsize for m in codec.messages(step / 2))
+                found.append(mine.tobytes())
+            return found
+
+        found = together(ranks, task)
+        assert all(bits == found[0] for bits in found), (name, dtype, ranks, shapes, settings)
+        sizes.append(len(found[0][0]))
+    print(f"{rounds} rounds, {sizes.count(0)} of empty gradients, {max(sizes)} bytes at most")
+    assert sizes.count(0) < rounds / 2
+
+
+class Counting:
+    """A wire that counts the bytes it is handed."""
+
+    def __init__(self, wire: Together) -> None:
+        self.wire, self.rank, self.size, self.nbytes = wire, wire.rank, wire.size, 0
+
+    def total(self, buffer: np.ndarray) -> None:
+        self.nbytes += buffer.nbytes
+        self.wire.total(buffer)
+
+    def gather(self, payload: np.ndarray) -> np.ndarray:
+        self.nbytes += payload.nbytes
+        return self.wire.gather(payload)

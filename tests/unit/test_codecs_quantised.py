@@ -135,10 +135,10 @@ def test_random_numbers_belong_to_seed_step_rank_and_parameter() -> None:
         # 1 + 1 + 1 + 137 + 1 scales; 3 bits
         ("qsgd", {"bits": 3}, [Message(True, 141 * 4 + 8815 * 3, 1)]),
         ("terngrad", {}, [Message(True, 5 * 4 + 8815 * 2, 1)]),
-        # of 315: 32 and 40 bytes of bits; 7: 1 of 1; 1: 1; 69841: 6985 and bits; 331: 34 and bits
-        ("topk", {"sparsity": 0.9}, [Message(True, (32 + 1 + 1 + 6985 + 34) * 4 + 40 + 1 + 0 + 8731 + 42, 1)]),
-        # 1 of 315 and of 7; 1; 70 of 69841 with indices of 4 bytes; 1 of 331 with one of 2
-        ("topk", {"sparsity": 0.999}, [Message(True, (1 + 1 + 1 + 70 + 1) * 4 + 2 + 1 + 0 + 280 + 2, 1)]),
+        # of 315: 32 and 40 bytes of bits; of 69841: 6985 and bits; biases and scales, 339, are sent whole
+        ("topk", {"sparsity": 0.9}, [Message(True, (32 + 6985 + 339) * 4 + 40 + 8731, 1)]),
+        # 1 of 315 with an index of 2 bytes, 70 of 69841 with 4
+        ("topk", {"sparsity": 0.999}, [Message(True, (1 + 70 + 339) * 4 + 2 + 280, 1)]),
         # 45 x 7 and 211 x 331 in rank 2, the rest whole
         ("powersgd", {}, [Message(False, 2 * (45 + 211) + 7 + 1 + 331, 4), Message(False, 2 * (7 + 331), 4)]),
     ],

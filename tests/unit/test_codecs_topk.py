@@ -60,7 +60,10 @@ def test_a_rank_alone_does_sgd_with_momentum_whatever_the_sparsity(dtype: str, s
 @pytest.mark.parametrize("clip", [0.0, 3.0])
 @pytest.mark.parametrize(("final", "warmup"), [(0.9, 0.0), (0.999, 2.0)])
 def test_is_algorithm_7_of_the_survey(final: float, warmup: float, clip: float, seed: int) -> None:
-    """U <- m U + G; V <- V + U; send the largest of V; V and U are 0 where it was sent."""
+    """U <- m U + G; V <- V + U; send the largest of V; V and U are 0 where it was sent.
+
+    Biases and scales, which are sent whole, keep their U.
+    """
     ranks, steps = 3, 9
 
     def task(wire: Together) -> list[np.ndarray]:
@@ -83,12 +86,13 @@ def test_is_algorithm_7_of_the_survey(final: float, warmup: float, clip: float, 
             u[rank] = 0.9 * u[rank] + g
             v[rank] = v[rank] + u[rank]
             for part in PARTS:
-                kept = int(share * part.size)
-                for i in np.argsort(-np.abs(v[rank, part.where]), kind="stable")[: max(part.size - kept, 1)]:
+                matrix = len(part.shape) > 1
+                kept = int(share * part.size) if matrix else 0
+                for i in np.argsort(-np.abs(v[rank, part.where]), kind="stable")[: part.size - kept]:
                     at = part.where.start + i
                     expected[at] += v[rank, at]
                     v[rank, at] = 0
-                    u[rank, at] = 0 if part.size > 1 else u[rank, at]
+                    u[rank, at] *= not matrix
         np.testing.assert_allclose(found[step], expected, rtol=1e-12, atol=1e-13)
 
 
@@ -122,9 +126,15 @@ def test_largest_of_random_numbers(seed: int) -> None:
     print(f"{rounds} rounds")
 
 
+def test_at_least_one_number_is_sent() -> None:
+    codec, mine = make("topk", shapes={"w": (3, 3)}, sparsity=0.999), np.arange(9, dtype=np.float32)
+    codec.sum_over(Only(), mine, 0, 0.0)
+    np.testing.assert_array_equal(mine, [0, 0, 0, 0, 0, 0, 0, 0, 8])
+
+
 def test_masked_momentum_starts_again() -> None:
     """One of two is sent: after (3, 1) with momentum 1/2 there is left u = v = (0, 1), and of (0, 0) then 1 + 1/2."""
-    codec = make("topk", shapes={"w": (2,)}, momentum=0.5, sparsity=0.5)
+    codec = make("topk", shapes={"w": (2, 1)}, momentum=0.5, sparsity=0.5)
     first, second = np.array([3, 1], np.float32), np.zeros(2, np.float32)
     codec.sum_over(Only(), first, 0, 0.0)
     codec.sum_over(Only(), second, 1, 0.0)

@@ -18,12 +18,15 @@ BLOCK = 2**16
 
 
 class Part(NamedTuple):
-    """One parameter in the flat gradient of a replica group."""
+    """This rank's block of one parameter in the flat gradient of a replica group."""
 
     name: str
     where: slice
+    """Its stretch of what `Codec.sum` is given."""
     shape: tuple[int, ...]
+    """The block's extents, of which the last counts outputs."""
     decay: bool
+    """Whether weight decay applies; no codec asks."""
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.comm.codecs.base import Gathering, Reader, Wire, joined
+from hpctrain.comm.codecs.base import Gathering, Part, Reader, Wire, joined
 
 STAGES = 4
 """Of the warm-up: a quarter of the numbers is sent in the first, and in each next a quarter of that."""
@@ -17,7 +17,8 @@ class TopK(Gathering):
 
     Where a number is sent, v starts again from 0, and so does u: its momentum has been sent late, and would point where
     the gradient no longer does (momentum factor masking). A parameter of which all is sent is never late: its u goes
-    on, which is SGD with momentum. A payload is, per part, its largest numbers and where they stand.
+    on, which is SGD with momentum. So it is with biases and scales, as in the authors' program: they are few, and much
+    hangs on them. A payload is, per part, its largest numbers and where they stand.
     """
 
     takes_momentum = True
@@ -36,7 +37,7 @@ class TopK(Gathering):
 
     def payload_bytes(self, epoch: float) -> int:
         """As in Gathering."""
-        counts = [(part.size, self._sent(part.size, epoch)) for part in self.parts]
+        counts = [(part.size, self._sent(part, epoch)) for part in self.parts]
         return sum(k * self.dtype.itemsize + places_bytes(n, k) for n, k in counts)
 
     def encode(self, gradient: np.ndarray, step: int, epoch: float, ranks: int) -> np.ndarray:
@@ -48,7 +49,7 @@ class TopK(Gathering):
                 gradient[block] += self.state["momentum"][block] * self.momentum
                 np.add(self.state["accumulated"][block], gradient[block], out=self._pending[block])
             numbers = self._pending[part.where]
-            chosen = largest(numbers, self._sent(part.size, epoch))
+            chosen = largest(numbers, self._sent(part, epoch))
             pieces += [numbers[chosen], encode_places(chosen, part.size)]
         return joined(pieces)
 
@@ -56,7 +57,7 @@ class TopK(Gathering):
         """As in Gathering."""
         reader = Reader(payload)
         for part in self.parts:
-            k = self._sent(part.size, epoch)
+            k = self._sent(part, epoch)
             numbers = reader.take(k, self.dtype)
             into[part.where][decode_places(reader, part.size, k)] += numbers
 
@@ -66,16 +67,19 @@ class TopK(Gathering):
         momentum[...], accumulated[...] = gradient, self._pending
         reader = Reader(payload)
         for part in self.parts:
-            k = self._sent(part.size, epoch)
+            k = self._sent(part, epoch)
             reader.take(k, self.dtype)
             sent = decode_places(reader, part.size, k)
             accumulated[part.where][sent] = 0
             if k < part.size:
                 momentum[part.where][sent] = 0
 
-    def _sent(self, n: int, epoch: float) -> int:
-        """How many of n numbers are sent: at least one, so that no parameter stands still."""
-        return max(1, n - int(sparsity(self.settings.sparsity, self.settings.warmup_epochs, epoch) * n))
+    def _sent(self, part: Part, epoch: float) -> int:
+        """How many of its numbers are sent: at least one, so that no parameter stands still."""
+        if len(part.shape) < 2:
+            return part.size
+        kept = sparsity(self.settings.sparsity, self.settings.warmup_epochs, epoch) * part.size
+        return max(1, part.size - int(kept))
 
     def _clip(self, gradient: np.ndarray, ranks: int) -> None:
         """Shorten the gradient to this rank's part of `compress.clip`, for independent gradients of equal length."""
