@@ -83,3 +83,10 @@ def test_throughput_counts_the_elements_of_its_sample(
 def test_loopback_gathers_the_same_of_every_rank() -> None:
     payload = np.arange(5, dtype=np.uint8)
     assert Loopback(3).gather(payload).tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_loopback_leaves_what_is_summed(dtype: str) -> None:
+    buffer = np.array([1.5, -0.0, 6e-8, np.inf], dtype)
+    Loopback(3).total(buffer)
+    np.testing.assert_array_equal(buffer, np.array([1.5, 0, 6e-8, np.inf], dtype))
