@@ -14,6 +14,8 @@ from hpctrain.binding import Arena, Step, bind_op, exchanges, last_steps, statis
 from hpctrain.comm import allreduce
 from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import waiting
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Phase
@@ -79,6 +81,7 @@ class Executor:
         completed = last_steps(self.schedule.units, self.parameters)
         self.steps = [self._bind(unit, found, completed[unit.name]) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
+        self._sums = {group: wait for group in self.parameters.groups if (wait := self._wait(group))}
 
     # --- one batch -------------------------------------------------------------------------------------------------
 
@@ -167,7 +170,8 @@ class Executor:
         comm = self._grid(partition).sub(axes) if axes else None
         begin = perf_counter()
         if comm is not None:
-            self._allreduce(comm, self.parameters.gradients[self.parameters.groups[group]])
+            with self._sums[group]:
+                self._allreduce(comm, self.parameters.gradients[self.parameters.groups[group]])
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -228,6 +232,20 @@ class Executor:
         if partition not in self._grids:
             self._grids[partition] = ProcessGrid(self.comm, partition)
         return self._grids[partition]
+
+    def _wait(self, group: Group) -> Wait | None:
+        """What a sum of gradients is to the watchdog; None where this rank has nobody to add to."""
+        partition, axes = group
+        comm = self._grid(partition).sub(axes) if axes else None
+        if comm is None:
+            return None
+        first, *more = dict.fromkeys(
+            p.name.rpartition(".")[0] for p in self.parameters.by_name.values() if p.group == group
+        )
+        layers = f"{first} and {len(more)} more" if more else first
+        return waiting(
+            comm, layers, "gradient allreduce", self.parameters.gradients[self.parameters.groups[group]].nbytes
+        )
 
     def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
         place = self.layouts[unit.head]
