@@ -92,8 +92,8 @@ class Executor:
     def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
         """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
         self._phase = phase
-        if self.parameters.narrow is not None:
-            self.backend.narrow(self.parameters.weights, self.parameters.narrow)
+        for group, copies in self.parameters.narrow.items():
+            self.backend.narrow(self.parameters.groups[group].weights, copies)
         for step in self.steps:
             self._forward_step(step, phase)
         # (0, 4) on an idle rank
@@ -110,7 +110,7 @@ class Executor:
             np.copyto(step.result, self._transfer(step.sum_partials))
 
     def backward(self, dloss: Mapping[str, Array]) -> None:
-        """Fill `parameters.gradients` with the sums over the global batch of d(total)/d(weight).
+        """Fill `gradient` of each parameter with the sum over the global batch of d(total)/d(weight).
 
         `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows.
         """
@@ -171,7 +171,7 @@ class Executor:
         begin = perf_counter()
         if comm is not None:
             with self._sums[group]:
-                self._allreduce(comm, self.parameters.gradients[self.parameters.groups[group]])
+                self._allreduce(comm, self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -243,9 +243,7 @@ class Executor:
             p.name.rpartition(".")[0] for p in self.parameters.by_name.values() if p.group == group
         )
         layers = f"{first} and {len(more)} more" if more else first
-        return waiting(
-            comm, layers, "gradient allreduce", self.parameters.gradients[self.parameters.groups[group]].nbytes
-        )
+        return waiting(comm, layers, "gradient allreduce", self.parameters.groups[group].partials.nbytes)
 
     def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
         place = self.layouts[unit.head]
@@ -268,7 +266,7 @@ class Executor:
             spread_gradient=None if partial is None else partial.fwd,
             outputs=[self.exchanges[key] for key in consumers],
             weights={name: p.used for name, p in mine.items()} | running,
-            gradients={name: p.gradient for name, p in mine.items()},
+            gradients={name: p.partial for name, p in mine.items()},
             result=self._results[unit.name],
             masked=self.arena.array(found.masked[unit.name]) if unit.name in found.masked else None,
             groups=groups,

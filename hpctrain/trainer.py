@@ -71,9 +71,8 @@ class Trainer:
         economy = planned.economy(config, self.graph, self.plan)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[config.optim.name](
-            flat.weights, flat.gradients, flat.shards(), backend, config.optim, watched(self.comm, "optimizer")
-        )
+        comm = watched(self.comm, "optimizer")
+        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
         with all_ranks(self.comm):
             self.feed = Feed(self.data, batches, self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
@@ -143,7 +142,8 @@ class Trainer:
                 gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
             self.executor.backward(gradients)
             if self.config.train.loss_scale != 1:
-                self.executor.parameters.gradients /= self.config.train.loss_scale
+                for memory in self.executor.parameters.groups.values():
+                    memory.sums[...] /= self.config.train.loss_scale
             self.optimizer.step(lr)
             self.at.totals.add(verdict.totals)
         else:
