@@ -14,6 +14,7 @@ from hpctrain.binding import Arena, Step, bind_op, exchanges, last_steps, statis
 from hpctrain.comm import allreduce
 from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.link import Link
 from hpctrain.comm.watch import Wait
 from hpctrain.comm.watched import waiting
 from hpctrain.errors import BackendUnavailable, PlanError
@@ -64,7 +65,8 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._allreduce = allreduce.get(plan.allreduce).allreduce
+        self._allreduce = allreduce.get(plan.allreduce)
+        self._links: dict[Group, Link] = {}
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
         self._differentiable, self._losses = differentiable(graph), graph.losses
@@ -81,7 +83,7 @@ class Executor:
         completed = last_steps(self.schedule.units, self.parameters)
         self.steps = [self._bind(unit, found, completed[unit.name]) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
-        self._sums = {group: wait for group in self.parameters.groups if (wait := self._wait(group))}
+        self._waits = {group: self._wait(group) for group in self._links}
 
     # --- one batch -------------------------------------------------------------------------------------------------
 
@@ -166,12 +168,10 @@ class Executor:
         return found[0] if found else None
 
     def _sum_gradients(self, group: Group) -> None:
-        partition, axes = group
-        comm = self._grid(partition).sub(axes) if axes else None
         begin = perf_counter()
-        if comm is not None:
-            with self._sums[group]:
-                self._allreduce(comm, self.parameters.groups[group].partials)
+        if group in self._links:
+            with self._waits[group]:
+                self._allreduce.sum(self._links[group], self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -221,6 +221,8 @@ class Executor:
         """Release MPI resources. Collective."""
         for exchange in self.exchanges.values():
             exchange.free()
+        for link in self._links.values():
+            link.free()
         for grid in self._grids.values():
             grid.free()
         self.comm.Free()
@@ -233,17 +235,15 @@ class Executor:
             self._grids[partition] = ProcessGrid(self.comm, partition)
         return self._grids[partition]
 
-    def _wait(self, group: Group) -> Wait | None:
-        """What a sum of gradients is to the watchdog; None where this rank has nobody to add to."""
-        partition, axes = group
-        comm = self._grid(partition).sub(axes) if axes else None
-        if comm is None:
-            return None
+    def _wait(self, group: Group) -> Wait:
+        """What a sum of gradients is to the watchdog."""
         first, *more = dict.fromkeys(
             p.name.rpartition(".")[0] for p in self.parameters.by_name.values() if p.group == group
         )
         layers = f"{first} and {len(more)} more" if more else first
-        return waiting(comm, layers, "gradient allreduce", self.parameters.groups[group].partials.nbytes)
+        return waiting(
+            self._links[group].comm, layers, "gradient allreduce", self.parameters.groups[group].partials.nbytes
+        )
 
     def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
         place = self.layouts[unit.head]
@@ -252,8 +252,9 @@ class Executor:
         running = {name: array for (layer, _, name), array in owned.items() if layer == unit.head}
         op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grid)
         for partition, replicated in groups:  # collective: all grids are made now, in the same order on all ranks
-            if replicated:
-                self._grid(partition).sub(replicated)
+            comm = self._grid(partition).sub(replicated) if replicated else None
+            if comm is not None:
+                self._links[partition, replicated] = Link(comm)
         partial = self.exchanges.get((unit.head, None))
         consumers = ((node.name, slot) for node, slot in self.graph.consumers(unit.name))
         return Step(

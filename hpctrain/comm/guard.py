@@ -66,17 +66,17 @@ class Guard:
         while receives:
             # In this order: what a rank said before it left is found after the news that it left.
             self._listen()
-            receives = {rank: request for rank, request in receives.items() if not request.Test()}
+            arrived = [rank for rank, request in receives.items() if request.Test()]
+            for rank in arrived:
+                del receives[rank]
             wait.awaited = tuple(receives)
-            if receives.keys() & self._left.keys():
+            if receives.keys() & self._left.keys() or any(said[rank] != message for rank in arrived):
                 for request in receives.values():
                     request.Cancel()
                     request.Wait()
                 self._raise(mine)
-            if receives:
+            if receives and not arrived:
                 time.sleep(0.0001)
-        if any(Doing.unpack(other) != Doing.unpack(message) for other in said.values()):
-            self._raise(mine)
         MPI.Request.Waitall(sends)
 
     def _listen(self) -> None:

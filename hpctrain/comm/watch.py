@@ -133,7 +133,6 @@ class Watch:
             if found is None:
                 continue
             text, ending = found
-            text += "\n" * os.isatty(1)  # for the progress bar, which erases the line above it
             os.write(2, text.encode())  # in one piece, as other ranks speak at the same time
             if ending:
                 sys.stdout.flush()

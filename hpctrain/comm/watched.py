@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, Self
 
 from mpi4py import MPI
@@ -12,11 +13,11 @@ from hpctrain.comm.guard import Guard
 from hpctrain.comm.watch import WATCH, Wait
 
 COLLECTIVES = (
-    *("allgather", "allreduce", "alltoall", "barrier", "bcast", "gather", "reduce", "scatter"),
+    *("allgather", "alltoall", "barrier", "bcast", "gather", "scatter"),
     *("Allgather", "Allgatherv", "Allreduce", "Alltoall", "Barrier", "Bcast", "Gather", "Gatherv", "Reduce", "Scatter"),
     *("Create_cart", "Dup", "Split", "Split_type"),
 )
-"""Methods that wait for the other ranks."""
+"""Methods that wait for the other ranks, without holding the interpreter meanwhile."""
 
 
 class Watched(MPI.Intracomm):
@@ -32,6 +33,11 @@ class Watched(MPI.Intracomm):
         self = super().__new__(cls, comm)
         self._waits = {}
         return self
+
+    def allreduce(self, sendobj: Any, op: MPI.Op | Callable[[Any, Any], Any] = MPI.SUM) -> Any:
+        """In rank order. At first mpi4py's own duplicates the communicator, and holds the interpreter until all do."""
+        with self._wait("allreduce", ()):
+            return reduce(op, super().allgather(sendobj))
 
     def _wait(self, name: str, args: tuple[Any, ...]) -> Wait:
         """Of method `name`, called with these arguments."""
