@@ -37,3 +37,9 @@ class SharedMemoryError(HpctrainError):
 
 class NumericsError(HpctrainError):
     """A loss or sample is not finite; the message names step and sample ids."""
+
+
+class DivergedError(HpctrainError):
+    """Ranks are about to do different things together; the message names which rank does what."""
+
+    exit_status = 70
