@@ -65,7 +65,6 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._allreduce = allreduce.get(plan.allreduce)
         self._links: dict[Group, Link] = {}
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
@@ -170,8 +169,9 @@ class Executor:
     def _sum_gradients(self, group: Group) -> None:
         begin = perf_counter()
         if group in self._links:
+            algorithm = allreduce.get(self.plan.algorithm(group) or "ring")
             with self._waits[group]:
-                self._allreduce.sum(self._links[group], self.parameters.groups[group].partials)
+                algorithm.sum(self._links[group], self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:

@@ -56,7 +56,7 @@ class Trainer:
             self.data, self.test = prepare.open_datasets(config)
             self.graph = prepare.build_graph(config, self.data)
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
-            self.plan = prepare.make_plan(config, self.graph)
+            self.plan = prepare.make_plan(config, self.graph, resume)
             batches = Batches(self.data.samples, config.train.batch, config.train.seed)
             need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
             backend = backends.get(config.train.backend, config.train.exact)
@@ -300,7 +300,9 @@ class Trainer:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
         ranks = f"{self.world.size} ranks of {self.world.threads} thread{'s' * (self.world.threads != 1)}"
-        self.console.note(wrapped(f"{ranks}, {what}, {self.plan.allreduce} allreduce; {backend}"))
+        named = self.plan.allreduce
+        summed = f", {named} allreduce" if isinstance(named, str) else ""
+        self.console.note(wrapped(f"{ranks}, {what}{summed}; {backend}"))
         self.console.note(self.usage.heading())
         if short := self.usage.warning():
             self.console.warn(short)
