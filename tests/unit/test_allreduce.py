@@ -348,3 +348,11 @@ def test_buffer_that_is_not_flat_is_refused(name: str, buffer: np.ndarray) -> No
         ValueError, match=rf"a contiguous 1D array, not one of shape {re.escape(str(buffer.shape))} .*reshape\(-1\)"
     ):
         allreduce.get(name).sum(None, buffer)  # type: ignore[arg-type]  # before anything is asked of the link
+
+
+@pytest.mark.parametrize("name", allreduce.TABLE)
+def test_buffer_that_may_not_be_written_is_refused(name: str) -> None:
+    buffer = np.zeros(4)
+    buffer.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only; give a copy"):
+        allreduce.get(name).steps(None, buffer)  # type: ignore[arg-type]

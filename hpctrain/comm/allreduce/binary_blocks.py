@@ -8,6 +8,7 @@ of similar sizes, as 8 + 4; worst where one rank faces many, as 8 + 1.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,17 +32,18 @@ def blocks(ranks: int) -> list[tuple[int, int]]:
 class Role(NamedTuple):
     """What a rank does."""
 
-    halves: list[Halves]
-    peers: list[int]
+    halves: tuple[Halves, ...]
+    peers: tuple[int, ...]
     """Within its block, by round."""
     held: Interval
     """What it holds after its block's reduce-scatter."""
     smaller: int | None
     """The rank of the next smaller block that holds this too."""
-    larger: list[tuple[int, Interval]]
+    larger: tuple[tuple[int, Interval], ...]
     """Ranks of the next larger block, and the pieces of it that they hold."""
 
 
+@lru_cache(maxsize=1024)
 def role(ranks: int, rank: int, elements: int) -> Role:
     """The role of `rank`."""
     every = blocks(ranks)
@@ -52,12 +54,12 @@ def role(ranks: int, rank: int, elements: int) -> Role:
     if block + 1 < len(every):
         below, lower = every[block + 1]
         smaller = below + place % 2**lower
-    larger = []
+    larger: tuple[tuple[int, Interval], ...] = ()
     if block > 0:
         above, higher = every[block - 1]
         others = range(place, 2**higher, 2**rounds)
-        larger = [(above + other, window(elements, other, higher)) for other in others]
-    peers = [first + (place ^ 1 << i) for i in range(rounds)]
+        larger = tuple((above + other, window(elements, other, higher)) for other in others)
+    peers = tuple(first + (place ^ 1 << i) for i in range(rounds))
     return Role(halvings(elements, place, rounds), peers, window(elements, place, rounds), smaller, larger)
 
 
