@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from hpctrain.comm import allreduce
@@ -118,7 +117,7 @@ def _write(path: Path, found: Measured) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); give --out a path in a folder of yours") from None
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    write_atomic(path, measured.encode(found))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
