@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
+from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, agree, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json, wrapped
@@ -29,6 +30,7 @@ from hpctrain.saving import Progress, Saver
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
     """Train as `config` says; the exit status. `resume` is a run folder to continue. Collective."""
     console = Console(world.rank, config.run.log_every)
+    begin(world.comm, config.run.stall_seconds, config.run.abort_seconds, config.debug.collectives)
     try:
         with memory.explained(lambda: prepare.needed(config)):
             return Trainer(world, config, console, resume).train(json_output)
@@ -49,7 +51,7 @@ class Trainer:
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
-        self.comm, self.folder = world.comm, Path(config.run.folder)
+        self.comm, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
         with all_ranks(self.comm):
             self.data, self.test = prepare.open_datasets(config)
             self.graph = prepare.build_graph(config, self.data)
@@ -58,7 +60,8 @@ class Trainer:
             batches = Batches(self.data.samples, config.train.batch, config.train.seed)
             need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
             backend = backends.get(config.train.backend, config.train.exact)
-            if config.data.verify:
+        if config.data.verify:
+            with all_ranks(watched(self.comm, "verification of the data", patient=True)):
                 self._verify_data()
         keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank)
         self.usage = usage.Usage(world, need, keeping)
@@ -68,7 +71,8 @@ class Trainer:
         economy = planned.economy(config, self.graph, self.plan)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, self.comm)
+        comm = watched(self.comm, "optimizer")
+        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
         with all_ranks(self.comm):
             self.feed = Feed(self.data, batches, self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
