@@ -8,6 +8,7 @@ from typing import Any
 
 from hpctrain import launch, prepare
 from hpctrain.comm.allreduce import choose, measured
+from hpctrain.comm.shared import room
 from hpctrain.config import Config
 from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
@@ -61,7 +62,7 @@ def summed(config: Config, graph: Graph, plan: Plan) -> list[str]:
     for group, nbytes in replica_groups(graph, plan, TYPES[config.train.precision]).items():
         name = plan.algorithm(group)
         if name is None:
-            found = choose.choose(nbytes, [0] * ranks(group), table, choose.free())
+            found = choose.choose(nbytes, [0] * ranks(group), table, room())
             name = f"{found.name} if they share a host ({found.why})"
         partition, axes = group
         lines.append(f"{mib(nbytes)} of gradients of {partition}, summed along {', '.join(axes)}: {name}")
