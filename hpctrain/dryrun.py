@@ -11,6 +11,7 @@ from hpctrain.config import Config
 from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
+from hpctrain.optim import schedule
 
 
 def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bool) -> int:
@@ -36,6 +37,8 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
+    if rate := schedule.describe(config.optim, config.train.batch):
+        print(wrapped(rate, "# "))
     print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
     if plan_out is not None:
         write_atomic(plan_out, plan.to_json().encode())

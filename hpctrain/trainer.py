@@ -21,7 +21,7 @@ from hpctrain.feed import Feed
 from hpctrain.layers import Loss, Phase
 from hpctrain.layers.loss import COLUMNS, LOSS
 from hpctrain.metrics import MetricsFile, Totals
-from hpctrain.optim.schedule import learning_rate
+from hpctrain.optim import schedule
 from hpctrain.planner import memory as planned
 from hpctrain.saving import Progress, Saver
 
@@ -123,7 +123,8 @@ class Trainer:
     def step(self) -> bool:
         """One step, forward to update; whether any rank was asked to stop. Raises what any rank met, on all."""
         epoch, position, steps = self.at.epoch, self.at.position, self.feed.batches.steps
-        lr = learning_rate(self.config.optim, self.at.step, steps, self.config.train.epochs * steps)
+        train = self.config.train
+        lr = schedule.learning_rate(self.config.optim, train.batch, self.at.step, steps, train.epochs * steps)
         skipping = self.config.train.nonfinite == "skip"
         running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
         error = self.feed.fill(epoch, position)
@@ -297,6 +298,8 @@ class Trainer:
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
         ranks = f"{self.world.size} ranks of {self.world.threads} thread{'s' * (self.world.threads != 1)}"
         self.console.note(wrapped(f"{ranks}, {what}, {self.plan.allreduce} allreduce; {backend}"))
+        if rate := schedule.describe(self.config.optim, self.config.train.batch):
+            self.console.note(wrapped(rate))
         self.console.note(self.usage.heading())
         if short := self.usage.warning():
             self.console.warn(short)
