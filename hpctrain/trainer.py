@@ -172,12 +172,14 @@ class Trainer:
 
     def _scale_gradients(self) -> float | None:
         """Undo train.loss_scale, and clip; the norm before the latter, where it is asked for. Collective."""
-        factor, limit, norm = 1 / self.config.train.loss_scale, self.config.optim.clip_norm, None
+        scale, limit, norm = self.config.train.loss_scale, self.config.optim.clip_norm, None
+        factor = 1 / scale
         if limit:
             square_sum = self.executor.gradients.square_sum() * factor**2
             factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
             if not isfinite(norm):
-                self._not_finite(self._where(), "the loss is, but not its gradient", LOWER)
+                remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"
+                self._not_finite(self._where(), "the loss is, but not its gradient", remedy)
         if factor != 1:
             self.executor.gradients.scale(factor)
         return norm
