@@ -11,6 +11,7 @@ import numpy as np
 
 from hpctrain import checkpoint, runfolder
 from hpctrain.checkpoint.tensors import blocks, restore
+from hpctrain.comm.watched import watched
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config
 from hpctrain.config_file import config_hash
@@ -39,6 +40,7 @@ class Saver:
         self, world: World, config: Config, executor: Executor, optimizer: Optimizer, data_uuid: str, console: Console
     ) -> None:
         self.world, self.config, self.executor, self.console = world, config, executor, console
+        self.comm = watched(world.comm, "checkpoint")
         self.optimizer, self.folder = optimizer, Path(config.run.folder)
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
@@ -51,7 +53,7 @@ class Saver:
         """Write a checkpoint of this step, unless there is one; broken weights are a NumericsError instead."""
         if self.saved == at.step:
             return
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             if not all(np.isfinite(memory.weights).all() for memory in self.executor.parameters.groups.values()):
                 raise NumericsError(
                     f"step {at.step}: weights are not finite, so nothing was saved; resume from the last checkpoint "
@@ -66,20 +68,20 @@ class Saver:
             "optim": self._optim(),
         }
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, at.step, blocks(self.tensors, self.world.rank), state, self.world.comm)
+        checkpoint.save(folder, at.step, blocks(self.tensors, self.world.rank), state, self.comm)
         self.saved = at.step
-        checkpoint.retain(folder, self.config.checkpoint.keep, self.world.comm)
+        checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
 
     def restore(self, resume: Path | None) -> Progress:
         """Go on from the newest whole checkpoint of run folder `resume`, or start anew: None, or none saved yet."""
         elsewhere = resume is None or resume.resolve() != self.folder.resolve()
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             if elsewhere:
                 runfolder.refuse_used(self.folder)
         if resume is None:
             return Progress()
         folder = resume / "checkpoints"
-        found, refused = checkpoint.newest(folder, self.world.comm)
+        found, refused = checkpoint.newest(folder, self.comm)
         if self.world.rank == 0:
             for line in refused:
                 self.console.warn(line)
@@ -88,7 +90,7 @@ class Saver:
                 raise CheckpointError(f"{folder}: no usable checkpoint; move it away and train without --resume")
             self.console.note(f"{folder}: no checkpoint yet, starting anew")  # a job script always says --resume
             return Progress()
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             self._require_same_run(found, resume)
             restore(found, self.tensors)
         self.saved = None if elsewhere else found.step

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
+from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json, wrapped
@@ -32,6 +33,7 @@ from hpctrain.verdict import LOWER, Verdict, blame, judge
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
     """Train as `config` says; the exit status. `resume` is a run folder to continue. Collective."""
     console = Console(world.rank, config.run.log_every)
+    begin(world.comm, config.run.stall_seconds, config.run.abort_seconds, config.debug.collectives)
     try:
         with memory.explained(lambda: prepare.needed(config)):
             return Trainer(world, config, console, resume).train(json_output)
@@ -44,16 +46,17 @@ class Trainer:
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
-        self.comm, self.folder = world.comm, Path(config.run.folder)
+        self.comm, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
         with all_ranks(self.comm):
             self.data, self.test = prepare.open_datasets(config)
             self.graph = prepare.build_graph(config, self.data)
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
-            self.plan = prepare.make_plan(config, self.graph)
+            self.plan = prepare.make_plan(config, self.graph, resume)
             self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
             need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
             backend = backends.get(config.train.backend, config.train.exact)
-            if config.data.verify:
+        if config.data.verify:
+            with all_ranks(watched(self.comm, "verification of the data", patient=True)):
                 self._verify_data()
         keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank)
         self.usage = usage.Usage(world, need, keeping)
@@ -63,7 +66,8 @@ class Trainer:
         economy = planned.economy(config, self.graph, self.plan)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, self.comm)
+        comm = watched(self.comm, "optimizer")
+        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
         with all_ranks(self.comm):
             self.feed = Feed(self.data, replace(self.batches, batch=config.train.part), self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
@@ -297,7 +301,9 @@ class Trainer:
         grid = self.config.plan.grid
         what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
         ranks = f"{self.world.size} ranks of {self.world.threads} thread{'s' * (self.world.threads != 1)}"
-        self.console.note(wrapped(f"{ranks}, {what}, {self.plan.allreduce} allreduce; {backend}"))
+        named = self.plan.allreduce
+        summed = f", {named} allreduce" if isinstance(named, str) else ""
+        self.console.note(wrapped(f"{ranks}, {what}{summed}; {backend}"))
         if rate := schedule.describe(self.config.optim, self.config.train.batch):
             self.console.note(wrapped(rate))
         self.console.note(self.usage.heading())

@@ -34,7 +34,7 @@ LEVELS = {
     4: ("planner",),
     5: ("binding", "executor", "parameters", "sync", "data", "checkpoint", "metrics"),
     6: ("trainer", "feed", "verdict", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
-    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "__main__"),
+    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 
