@@ -179,7 +179,7 @@ class Trainer:
         scale, limit, norm = self.config.train.loss_scale, self.config.optim.clip_norm, None
         factor = 1 / scale
         if limit:
-            square_sum = self.executor.gradients.square_sum() * factor**2
+            square_sum = self.executor.gradients.square_sum(self.executor.backend) * factor**2
             factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
             if not isfinite(norm):
                 remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"

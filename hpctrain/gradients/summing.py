@@ -178,8 +178,9 @@ class Gradients:
                 continue
             partials = self._storage[group].partials[self._buckets[group][i].where]
             if not (first and last):
-                held = self._held.setdefault(group, np.zeros_like(self._storage[group].partials))
-                held = held[self._buckets[group][i].where]
+                if group not in self._held:
+                    self._held[group] = np.empty_like(self._storage[group].partials)
+                held = self._held[group][self._buckets[group][i].where]
                 if not last:
                     np.copyto(held, partials) if first else np.add(held, partials, out=held)
                     continue
