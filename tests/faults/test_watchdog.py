@@ -254,14 +254,15 @@ def test_guard_and_watchdog_name_only_those_who_have_not_come(tmp_path: Path) ->
     body = """
 begin(w.comm, 0.5, 30.0, guarded=True)
 if w.rank in (1, 2):
-    time.sleep(1.8)
+    time.sleep(2.8)
 norms.barrier()
 """
     ended = run(tmp_path, body)
     assert ended.status == 0, ended.stderr
     said = one_line(ended.stderr)
-    assert re.search(r"^hpctrain: rank 0 on \S+ has waited \d s for ranks 1, 2 in statistics", said, re.M)
-    assert re.search(r"^hpctrain: rank 3 on \S+ has waited \d s for ranks 1, 2 in statistics", said, re.M)
+    found = re.findall(r"^hpctrain: ranks 0, 3 on \S+ have waited \d s for ranks 1, 2 in statistics", said, re.M)
+    assert found
+    assert len(found) < said.count("hpctrain: ") <= 4
     assert "rank 1 on" not in said
 
 
@@ -287,7 +288,7 @@ norms.allreduce(1)
     ended = run(tmp_path, body, ranks=3)
     assert ended.status == 3, ended.stderr
     said = one_line(ended.stderr)
-    assert "for ranks 1, 2 in statistics (allreduce) of norm2; at 2.5 s the job ends" in said
+    assert re.search(r"ranks 0, 2 on \S+ have waited \d s for rank 1 in statistics \(allreduce\) of norm2", said)
     assert "for ranks 0, 2 in end of the program; at 2.5 s the job ends" in said
 
 
