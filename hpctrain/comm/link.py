@@ -196,7 +196,7 @@ def add(into: np.ndarray, other: np.ndarray) -> None:
 
 
 def flat(steps: Callable[Concatenate[Link, np.ndarray, P], T]) -> Callable[Concatenate[Link, np.ndarray, P], T]:
-    """`steps` that refuses, with ValueError, a buffer that is not a contiguous 1D array."""
+    """`steps` that refuses, with ValueError, a buffer that is not a contiguous 1D array or may not be written."""
 
     @wraps(steps)
     def checked(link: Link, buffer: np.ndarray, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -205,6 +205,8 @@ def flat(steps: Callable[Concatenate[Link, np.ndarray, P], T]) -> Callable[Conca
                 f"an allreduce takes a contiguous 1D array, not one of shape {buffer.shape} and strides "
                 f"{buffer.strides} bytes; give x.reshape(-1) of a contiguous x, or sum a copy"
             )
+        if not buffer.flags.writeable:
+            raise ValueError("an allreduce writes its result to the buffer, which is read-only; give a copy")
         return steps(link, buffer, *args, **kwargs)
 
     return checked

@@ -65,6 +65,12 @@ class Plan:
             return self.allreduce.get(group_name(group))
         return self.allreduce
 
+    def named(self) -> list[str]:
+        """The allreduce algorithms that the plan names."""
+        if isinstance(self.allreduce, Mapping):
+            return list(self.allreduce.values())
+        return [] if self.allreduce is None else [self.allreduce]
+
     def with_choices(self, choices: Mapping[Group, str]) -> Plan:
         """This plan with an algorithm for each group: what a run keeps, so that it goes on with the same."""
         return replace(self, allreduce={group_name(group): name for group, name in choices.items()})

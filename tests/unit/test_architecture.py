@@ -32,7 +32,7 @@ LEVELS = {
     2: ("layers", "optim"),
     3: ("graph", "models", "importers"),
     4: ("planner",),
-    5: ("binding", "executor", "parameters", "sync", "data", "checkpoint", "metrics"),
+    5: ("binding", "executor", "gradients", "parameters", "sync", "data", "checkpoint", "metrics"),
     6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
     7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
 }
