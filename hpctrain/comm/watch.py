@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
 
@@ -110,7 +111,7 @@ class Watch:
         and so on.
         """
         wait = self.now
-        if wait is None or not wait.peers:
+        if wait is None or not wait.awaited:
             self._post(None)
             return None
         seen = wait, wait.since
@@ -133,18 +134,13 @@ class Watch:
     def message(self, wait: Wait, waited: float, who: Sequence[int], whom: Sequence[int]) -> str:
         """That ranks `who` have waited so many seconds for `whom`, in lines of at most WIDTH columns."""
         ending = waited >= self.abort_seconds and not wait.patient
-        have = "has" if len(who) == 1 else "have"
-        text = f"{ranks(who)} on {self._host} {have} waited {waited:.0f} s for {ranks(whom)} in {wait}"
+        they = f"{ranks(who)} on {self._host} {'has' if len(who) == 1 else 'have'}"
+        text = f"hpctrain: {'error: ' * ending}{they} waited {waited:.0f} s for {ranks(whom)} in {wait}"
         if ending:
             text += f"; this ends the job (run.abort_seconds = {self.abort_seconds:g})"
         elif self.abort_seconds < math.inf and not wait.patient:
             text += f"; at {self.abort_seconds:g} s the job ends (run.abort_seconds)"
-        return (
-            textwrap.fill(
-                f"hpctrain: {'error: ' * ending}{text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
-            )
-            + "\n"
-        )
+        return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
     def _who_for_whom(self, wait: Wait) -> tuple[Sequence[int], Sequence[int]] | None:
         """The ranks of this host that wait, and for whom; None where another rank of this host is to say it.
@@ -159,10 +155,9 @@ class Watch:
             idle = [rank for rank in wait.awaited if rank not in waiting]
             elsewhere = not idle and len(waiting) < len(self.board.ranks)
             return None if elsewhere else ([self._rank], idle or wait.awaited)
-        mine = _digest(wait)
-        alike = {rank: entry.since for rank, entry in waiting.items() if entry.digest == mine} | {
-            self._rank: wait.since
-        }
+        mine = Entry(wait.since, _digest(wait))
+        waiting[self._rank] = mine
+        alike = {rank: entry.since for rank, entry in waiting.items() if entry.digest == mine.digest}
         if self._rank != min(alike, key=lambda rank: (alike[rank], rank)):
             return None
         return list(alike), [rank for rank in wait.awaited if rank not in alike] or wait.awaited
@@ -178,9 +173,11 @@ class Watch:
             if found is None:
                 continue
             text, ending = found
-            os.write(2, text.encode())  # in one piece, as other ranks speak at the same time
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, text.encode())  # in one piece, as other ranks speak at the same time
             if ending:
-                sys.stdout.flush()
+                with suppress(OSError):
+                    sys.stdout.flush()
                 os._exit(LOST_RANK)  # the main thread cannot be reached; the launcher ends the other ranks
 
 

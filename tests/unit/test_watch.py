@@ -8,6 +8,7 @@ import time
 import pytest
 
 from hpctrain.comm.board import Board
+from hpctrain.comm.divergence import LENGTH, Doing, describe
 from hpctrain.comm.watch import WATCH, Wait, Watch, ranks
 
 
@@ -101,6 +102,38 @@ def test_late_look_tells_once() -> None:
     assert dog.look(100) is not None  # the thread had no chance earlier
     assert dog.look(101) is None
     assert dog.look(129) is not None
+
+
+# --- ranks that diverge --------------------------------------------------------------------------
+
+
+def test_divergence_is_told_from_the_fewest_to_the_most() -> None:
+    said = {rank: Doing("statistics (Allgather) of bn2", 96) for rank in (0, 1, 3, 5)}
+    said |= {2: Doing("gradient allreduce of conv1", 4096), 4: Doing("forward exchange of fc", 0)}
+    assert describe(said, 8).splitlines()[:-1] == [
+        "the ranks do not do the same:",
+        "  rank 2 calls gradient allreduce of conv1, 4096 B",
+        "  rank 4 calls forward exchange of fc",
+        "  ranks 0, 1, 3, 5 call statistics (Allgather) of bn2, 96 B",
+        "  ranks 6, 7 do not answer",
+    ]
+
+
+def test_divergence_of_many_ranks_fits_80_columns() -> None:
+    said = {rank: Doing(f"backward exchange of {'encoder.' * (9 + rank % 2)}conv", 2**40) for rank in range(200)}
+    lines = describe(said, 999).splitlines()
+    assert max(map(len, lines)) < 80
+    assert " ".join(line.strip() for line in lines).count(", ".join(map(str, range(1, 200, 2)))) == 1
+
+
+@pytest.mark.parametrize("text", ["statistics of bn", "Verlustfläche der Größe", "x" * 239 + "ß", ""])
+def test_what_a_rank_says_arrives(text: str) -> None:
+    message = Doing(text, 2**40 + 1).pack()
+    assert len(message) == LENGTH
+    found = Doing.unpack(message)
+    assert found.nbytes == 2**40 + 1
+    assert found.text[:239] == text[:239]
+    assert found.pack()[:200] == message[:200]
 
 
 # --- several ranks of one host --------------------------------------------------------------------------------
