@@ -78,7 +78,9 @@ def start() -> World:
     by, (version, path) = launched(os.environ), library()
     if not MPI.Is_initialized():
         check_family(by, version, path)
-        MPI.Init_thread(MPI.THREAD_FUNNELED)  # threads that prefetch or write files make no MPI calls
+        # threads of ours that prefetch or write files make no MPI calls; those of other libraries may
+        several = os.environ.get("HPCTRAIN_MPI_THREADS") == "multiple"
+        MPI.Init_thread(MPI.THREAD_MULTIPLE if several else MPI.THREAD_FUNNELED)
         atexit.register(_finalize)
     check_size(by, MPI.COMM_WORLD.size, version, path)
     sys.excepthook = _abort_on_exception
