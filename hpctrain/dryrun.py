@@ -15,6 +15,7 @@ from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
 from hpctrain.graph import Graph
 from hpctrain.memory import mib
+from hpctrain.optim import schedule
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.replicas import ranks, replica_groups
 from hpctrain.precision import TYPES
@@ -43,6 +44,8 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
+    if rate := schedule.describe(config.optim, config.train.batch):
+        print(wrapped(rate, "# "))
     print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
     for line in summed(config, graph, plan):
         print(wrapped(line, "# "))

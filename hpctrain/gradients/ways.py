@@ -30,6 +30,9 @@ class Way(Protocol):
     def steps(self, bucket: int) -> Steps:
         """Sum a bucket: then what this rank reduces of it is in `storage.sums`, and all of it unless sharded."""
 
+    def sum(self, bucket: int) -> None:
+        """All steps, and wait for them."""
+
     def scale(self, factor: float) -> None:
         """Multiply all sums. Collective."""
 
@@ -55,6 +58,10 @@ class ByMessages:
         """As in Way."""
         return self.algorithm.steps(self._lanes[bucket], self._buckets[bucket])
 
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        self.algorithm.sum(self._lanes[bucket], self._buckets[bucket])
+
     def scale(self, factor: float) -> None:
         """As in Way."""
         np.multiply(self.storage.sums, factor, out=self.storage.sums)
@@ -73,6 +80,10 @@ class Sharded(ByMessages):
     def steps(self, bucket: int) -> Steps:
         """As in Way."""
         return ring.reduce_scatter(self._lanes[bucket], self._buckets[bucket])
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        run(self.steps(bucket))
 
     def scale(self, factor: float) -> None:
         """As in Way."""
@@ -99,8 +110,12 @@ class Compressed(ByMessages):
 
     def steps(self, bucket: int) -> Steps:
         """As in Way; all of it at once."""
-        self.codec.sum(self.link, self.algorithm, self.storage.partials, self.step, self.step / self._per_epoch)
+        self.sum(bucket)
         return iter(())
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        self.codec.sum(self.link, self.algorithm, self.storage.partials, self.step, self.step / self._per_epoch)
 
 
 class InWindow:
@@ -148,6 +163,10 @@ class InWindow:
     def steps(self, bucket: int) -> Steps:
         """As in Way."""
         return self._sums[bucket].steps(self._across[bucket])
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        run(self.steps(bucket))
 
     def scale(self, factor: float) -> None:
         """As in Way."""

@@ -9,7 +9,6 @@ from math import prod
 import numpy as np
 
 from hpctrain import optim
-from hpctrain.backends.reference import Reference
 from hpctrain.backends.windows import COLUMN_BYTES
 from hpctrain.config import Config
 from hpctrain.graph import Graph
@@ -56,7 +55,7 @@ class Memory:
     parameters: int
     """Weights and their gradients, and copies of the weights in bf16."""
     optimizer: int
-    """What the optimizer keeps per weight."""
+    """What the optimizer keeps per weight, and computes in."""
     statistics: int
     """Running statistics."""
     tensors: int
@@ -97,7 +96,7 @@ def predict(
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
-    `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
+    `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam, 3 for LAMB.
     """
     places, dtype = layouts(graph, plan), TYPES[precision]
     moved, order = edges(graph, plan, places), schedule(graph, places, economy)
@@ -111,9 +110,8 @@ def predict(
 def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
     """`predict` for a run as `config` describes it."""
     train = config.train
-    optimizer = optim.TABLE[config.optim.name]([], [], Reference(), config.optim)
-    saving = economy(config, graph, plan)
-    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend, saving)
+    arrays = optim.TABLE[config.optim.name].arrays
+    return predict(graph, plan, ranks, train.precision, arrays, train.backend, economy(config, graph, plan))
 
 
 def economy(config: Config, graph: Graph, plan: Plan) -> Economy:

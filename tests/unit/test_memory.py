@@ -249,7 +249,7 @@ def test_peaks_are_shown_beside_the_plan() -> None:
     assert usage.largest(ranks) == {"peak_memory_bytes": 208 * 2**20, "predicted_memory_bytes": 100 * 2**20}
 
 
-@pytest.mark.parametrize(("optimizer", "arrays"), [("sgd", 1), ("adam", 2), ("lars", 1)])
+@pytest.mark.parametrize(("optimizer", "arrays"), [("sgd", 1), ("adam", 2), ("lars", 1), ("lamb", 3)])
 def test_of_a_run_takes_precision_and_optimizer_from_the_config(optimizer: Any, arrays: int) -> None:
     net = small()
     plan = uniform(net, Partition())
