@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import process_time
 from typing import Any
 
@@ -12,6 +12,8 @@ from networks import CASES
 
 from hpctrain import backends, memory, optim
 from hpctrain.comm import world
+from hpctrain.comm.allreduce.choose import Choice, Surroundings
+from hpctrain.comm.link import Topology
 from hpctrain.config import Optim
 from hpctrain.executor import Executor
 from hpctrain.gradients import Summing
@@ -29,6 +31,11 @@ LEAN = Economy(fuse=True, reuse=True)
 """As a run has it."""
 
 
+def chooser(comm: Any) -> Callable[[int, Sequence[int]], Choice]:
+    """What a run asks for the allreduce of a group. Collective."""
+    return Surroundings.of(comm, Topology(comm).hosts, world.library()[0]).choose
+
+
 class Ours:
     """`graph` on one grid for all layers; a batch of random numbers, the same for every grid, copied in every step."""
 
@@ -42,7 +49,7 @@ class Ours:
     ) -> None:
         plan, backend = uniform(graph, grid or Partition()), backends.get("native")
         self.comm, self.batch = comm, graph["x"].shape[0]
-        how = summing or Summing()
+        how = summing or Summing(choose=chooser(comm))
         self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN, summing=how)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[OPTIM.name](flat.blocks(), flat.shards(), backend, OPTIM, comm)
