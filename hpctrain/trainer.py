@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
+from hpctrain import backends, launch, memory, optim, prepare, runfolder, summation, usage
 from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
@@ -64,10 +64,15 @@ class Trainer:
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
         economy = planned.economy(config, self.graph, self.plan)
-        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
-        flat = self.executor.parameters
+        around = summation.surroundings(self.comm, world.library)
+        how = summation.summing(config, around, self.batches.steps)
+        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy, how)
+        summation.require_worthwhile(config, self.executor, around)
+        for line in summation.notes(self.executor):
+            console.note(wrapped(line))
+        flat, rules = self.executor.parameters, summation.optimizer_config(config)
         comm = watched(self.comm, "optimizer")
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
+        self.optimizer = optim.TABLE[rules.name](flat.blocks(), flat.shards(), backend, rules, comm)
         with all_ranks(self.comm):
             self.feed = Feed(self.data, replace(self.batches, batch=config.train.part), self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
@@ -77,7 +82,7 @@ class Trainer:
         self.rate: float | None = None
         with all_ranks(self.comm):
             if world.rank == 0:
-                runfolder.write(self.folder, config, self.plan, world)
+                runfolder.write(self.folder, config, summation.recorded(self.plan, self.executor), world)
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -126,6 +131,7 @@ class Trainer:
         verdict = self._gradients()
         if verdict.finite:
             self.optimizer.step(lr)
+            self.executor.updated()
             self.at.totals.add(verdict.totals)
         self.at.step += 1
         self.at.position += 1
@@ -179,7 +185,7 @@ class Trainer:
         scale, limit, norm = self.config.train.loss_scale, self.config.optim.clip_norm, None
         factor = 1 / scale
         if limit:
-            square_sum = self.executor.gradients.square_sum() * factor**2
+            square_sum = self.executor.gradients.square_sum(self.executor.backend) * factor**2
             factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
             if not isfinite(norm):
                 remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"

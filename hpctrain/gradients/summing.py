@@ -232,6 +232,20 @@ class Gradients:
                     way.publish()
         self._unpublished = False
 
+    def link(self, group: Group) -> Link:
+        """Of the ranks that sum a group. KeyError where this rank sums nothing of it."""
+        return self._ways[group].link
+
+    def how(self) -> str:
+        """What else is to be said of the sums, for the head of a run."""
+        settings = self.settings
+        said = [
+            ", compressed by " + settings.compress.codec if settings.compress.codec != "none" else "",
+            ", while backward goes on" if self.overlap else "",
+            ", weights once per host" if settings.share_weights else ", updates sharded" if settings.shard else "",
+        ]
+        return "".join(said)
+
     @property
     def codecs(self) -> dict[Group, codecs.Codec]:
         """Those of the groups whose gradients are compressed."""

@@ -22,6 +22,7 @@ ALIGNMENT = 64
 class Way(Protocol):
     """One group's on this rank. What is collective is so over the group; buckets come in the same order on all."""
 
+    link: Link
     storage: Storage
 
     def begin(self) -> None:

@@ -126,6 +126,12 @@ class Surroundings(NamedTuple):
         """The algorithm for these ranks of the communicator."""
         return choose(nbytes, [self.hosts[rank] for rank in ranks], self.table, self.room)
 
+    def network(self, hosts: Sequence[int]) -> Network:
+        """alpha, beta and gamma between ranks on these hosts, as measured, else as published."""
+        if len(set(hosts)) > 1:
+            return Network(*_level(self.table.network if self.table else None, NETWORK))
+        return Network(*_level(self.table.node if self.table else None, NODE))
+
 
 def least_room(comm: MPI.Intracomm) -> int:
     """Bytes that windows may still take on the host that has fewest. Collective."""
