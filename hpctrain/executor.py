@@ -119,9 +119,10 @@ class Executor:
         `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows. Where a batch comes in
         several parts, `first` and `last` say which this one is; `gradient` is that of all parts after the last one.
         """
-        begin = perf_counter()
-        self.gradients.begin()
-        self.seconds["allreduce"] += perf_counter() - begin
+        if first:
+            begin = perf_counter()
+            self.gradients.begin()
+            self.seconds["allreduce"] += perf_counter() - begin
         phase = replace(self._phase, again=True)
         for again, i in self.schedule.backward():
             step = self.steps[i]
@@ -135,9 +136,10 @@ class Executor:
             else:  # its output is still there; what it reads may not be
                 for edge in step.inputs:
                     self._transfer(edge.fwd)
-        begin = perf_counter()
-        self.gradients.finish()
-        self.seconds["allreduce"] += perf_counter() - begin
+        if last:
+            begin = perf_counter()
+            self.gradients.finish()
+            self.seconds["allreduce"] += perf_counter() - begin
 
     def updated(self) -> None:
         """After an update, and before others than `forward` read weights: all ranks get what they hold. Collective."""

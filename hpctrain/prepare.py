@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -46,7 +46,7 @@ def build_graph(config: Config, data: Dataset) -> Graph:
     positions = data.y_shape if labels else ()
     sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape), positions, data.ignore)
     try:
-        graph = models.build(config.model.name, config.train.batch, sample, config.model.options)
+        graph = models.build(config.model.name, config.train.part, sample, config.model.options)
     except PlanError as error:
         raise PlanError(f"{data.folder}: samples of {data.x_shape} do not fit {config.model.name}: {error}") from None
     _require_inputs(graph, config, data)
@@ -58,7 +58,7 @@ def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
     if not isinstance(graph, Graph):
         raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")
     found = {node.name: (node.shape, node.layer.integer) for node in graph if isinstance(node.layer, Input)}
-    batch = config.train.batch
+    batch = config.train.part
     expected = {"x": ((batch, *data.x_shape), False), "y": ((batch, *data.y_shape), data.classes is not None)}
     if found != expected:
         raise ConfigError(
@@ -123,9 +123,11 @@ def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> st
     )
 
 
-def without_recomputing(config: Config, graph: Graph, plan: Plan, rank: int) -> int | None:
+def without_recomputing(
+    config: Config, graph: Graph, plan: Plan, rank: int, hosts: Sequence[int] | None = None
+) -> int | None:
     """Bytes that `rank` would need if a run that recomputes did not; None where it does not."""
     if not config.memory.recompute:
         return None
     keeping = structs.replace(config, memory=structs.replace(config.memory, recompute=False))
-    return memory.of_run(keeping, graph, plan, [rank])[rank].total
+    return memory.of_run(keeping, graph, plan, [rank], hosts)[rank].total

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import isfinite, sqrt
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hpctrain import backends, launch, memory, optim, prepare, runfolder, usage
+from hpctrain import backends, launch, memory, optim, prepare, runfolder, summation, usage
 from hpctrain.comm.watched import begin, watched
-from hpctrain.comm.world import STOPPED, World, agree, all_ranks
+from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.order import Batches
-from hpctrain.errors import HpctrainError, NumericsError
+from hpctrain.errors import NumericsError
 from hpctrain.executor import Executor
 from hpctrain.feed import Feed
 from hpctrain.layers import Loss, Phase
-from hpctrain.layers.loss import COLUMNS, LOSS
+from hpctrain.layers.loss import LOSS
 from hpctrain.metrics import MetricsFile, Totals
-from hpctrain.optim.schedule import learning_rate
+from hpctrain.optim import schedule
+from hpctrain.optim.clip import clip_factor
 from hpctrain.planner import memory as planned
 from hpctrain.saving import Progress, Saver
+from hpctrain.verdict import LOWER, Verdict, blame, judge
 
 
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
@@ -38,43 +41,40 @@ def run(world: World, config: Config, resume: Path | None = None, json_output: b
         console.close()
 
 
-class Verdict(NamedTuple):
-    """What all ranks know after a step's small allreduce."""
-
-    totals: Totals
-    finite: bool
-    stop: bool
-
-
 class Trainer:
     """One run. Collective over `world`; errors in config, data and plan are raised on all ranks alike."""
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
         self.comm, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
+        around = summation.surroundings(self.comm, world.library)
         with all_ranks(self.comm):
             self.data, self.test = prepare.open_datasets(config)
             self.graph = prepare.build_graph(config, self.data)
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
             self.plan = prepare.make_plan(config, self.graph, resume)
-            batches = Batches(self.data.samples, config.train.batch, config.train.seed)
-            need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
+            self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
+            need = planned.of_run(config, self.graph, self.plan, [world.rank], around.hosts)[world.rank]
             backend = backends.get(config.train.backend, config.train.exact)
         if config.data.verify:
             with all_ranks(watched(self.comm, "verification of the data", patient=True)):
                 self._verify_data()
-        keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank)
+        keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank, around.hosts)
         self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
         self._describe(backend.describe())
         precision, seed = config.train.precision, config.train.seed
         economy = planned.economy(config, self.graph, self.plan)
-        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
-        flat = self.executor.parameters
+        how = summation.summing(config, around, self.batches.steps)
+        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy, how)
+        summation.require_worthwhile(config, self.executor, around)
+        for line in summation.notes(self.executor):
+            console.note(wrapped(line))
+        flat, rules = self.executor.parameters, summation.optimizer_config(config)
         comm = watched(self.comm, "optimizer")
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
+        self.optimizer = optim.TABLE[rules.name](flat.blocks(), flat.shards(), backend, rules, comm)
         with all_ranks(self.comm):
-            self.feed = Feed(self.data, batches, self.executor)
+            self.feed = Feed(self.data, replace(self.batches, batch=config.train.part), self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
         self.saver = Saver(world, config, self.executor, self.optimizer, self.data.uuid, console)
         self.at: Progress = self.saver.restore(resume)
@@ -82,7 +82,7 @@ class Trainer:
         self.rate: float | None = None
         with all_ranks(self.comm):
             if world.rank == 0:
-                runfolder.write(self.folder, config, self.plan, world)
+                runfolder.write(self.folder, config, summation.recorded(self.plan, self.executor), world)
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -90,14 +90,14 @@ class Trainer:
     def train(self, json_output: bool = False) -> int:
         """Train to the end, or until asked to stop; the exit status. The last checkpoint is of the last step."""
         records: list[dict[str, Any]] = []
-        while self.at.position == self.feed.batches.steps or (
+        while self.at.position == self.batches.steps or (
             self.at.epoch < self.config.train.epochs and not self._enough()
         ):
             if self._train_epoch():
                 self._save()
                 self._say_stopped()
                 return STOPPED
-            records.append(self._finish_epoch() if self.at.position == self.feed.batches.steps else self._report("end"))
+            records.append(self._finish_epoch() if self.at.position == self.batches.steps else self._report("end"))
         self._save()
         if records:
             records[-1] |= self._report_memory()
@@ -108,7 +108,7 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
-        steps, batch = self.feed.batches.steps, self.config.train.batch
+        steps, batch = self.batches.steps, self.config.train.batch
         begin, first, self.phases = perf_counter(), self.at.step, self._phases()
         self.seconds, self.rate = 0.0, None
         with self.console.progress(steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
@@ -126,37 +126,79 @@ class Trainer:
 
     def step(self) -> bool:
         """One step, forward to update; whether any rank was asked to stop. Raises what any rank met, on all."""
-        epoch, position, steps = self.at.epoch, self.at.position, self.feed.batches.steps
-        lr = learning_rate(self.config.optim, self.at.step, steps, self.config.train.epochs * steps)
-        skipping = self.config.train.nonfinite == "skip"
-        running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
-        error = self.feed.fill(epoch, position)
-        rows = self.executor.forward(Phase(training=True, step=self.at.step))
-        weights = self.feed.weights(epoch, position)
-        suspects = self.feed.suspects(epoch, position, rows) if error is None else ([], [])
-        verdict = self._agree(self.feed.sums(rows, weights), error, suspects)
+        epoch, position, steps, train = self.at.epoch, self.at.position, self.batches.steps, self.config.train
+        lr = schedule.learning_rate(self.config.optim, train.batch, self.at.step, steps, train.epochs * steps)
+        verdict = self._gradients()
         if verdict.finite:
-            shares = verdict.totals.shares(self.losses)
-            gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
-            for name, gradient in gradients.items():
-                gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
-            self.executor.backward(gradients)
-            if self.config.train.loss_scale != 1:
-                for memory in self.executor.parameters.groups.values():
-                    memory.sums[...] /= self.config.train.loss_scale
             self.optimizer.step(lr)
+            self.executor.updated()
             self.at.totals.add(verdict.totals)
-        else:
-            self._not_finite(f"step {self.at.step + 1} (epoch {epoch + 1})", self.feed, suspects)
-            for tensor, before in zip(self.executor.state, running, strict=True):
-                tensor.array[...] = before
         self.at.step += 1
         self.at.position += 1
         if self.world.rank == 0:
             fields = verdict.totals.means(self.losses) | {"lr": lr}
-            digest = runfolder.digest(self.feed.batches.ids(epoch, position)[0])
+            if verdict.gradient_norm is not None:
+                fields["gradient_norm"] = verdict.gradient_norm
+            digest = runfolder.digest(self.batches.ids(epoch, position)[0])
             self.metrics.write("step", step=self.at.step, epoch=epoch, **fields, samples=digest)
         return verdict.stop
+
+    def _gradients(self) -> Verdict:
+        """The step as far as gradients, ready for the update: the sum of those of equal parts of the batch."""
+        skipping = self.config.train.nonfinite == "skip"
+        running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
+        totals, stop = Totals(), False
+        for part in range(self.config.train.accumulate):
+            verdict = self._part(part)
+            totals.add(verdict.totals)
+            stop = stop or verdict.stop
+            if not verdict.finite:
+                break
+        norm = self._scale_gradients() if verdict.finite else None
+        finite = verdict.finite and (norm is None or isfinite(norm))
+        if not finite:
+            for tensor, before in zip(self.executor.state, running, strict=True):
+                tensor.array[...] = before
+        return Verdict(totals, finite, stop, norm)
+
+    def _part(self, part: int) -> Verdict:
+        """Forward and, where all is finite, backward of one part of the batch."""
+        epoch, parts = self.at.epoch, self.config.train.accumulate
+        number = self.at.position * parts + part
+        error = self.feed.fill(epoch, number)
+        rows = self.executor.forward(Phase(training=True, step=self.at.step * parts + part))
+        weights = self.feed.weights(epoch, number)
+        suspects = self.feed.suspects(epoch, number, rows) if error is None else ([], [])
+        verdict = judge(self.comm, self.feed.sums(rows, weights), error, suspects, self._asked_to_stop())
+        if not verdict.finite:
+            self._not_finite(self._where(), *blame(self.comm, self.feed, suspects))
+            return verdict
+        shares = verdict.totals.shares(self.losses)
+        gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
+        for name, gradient in gradients.items():
+            gradient[:, LOSS] = weights[name] * (shares[name] * self.config.train.loss_scale / parts)
+        self.executor.backward(gradients, first=part == 0, last=part == parts - 1)
+        return verdict
+
+    def _scale_gradients(self) -> float | None:
+        """Undo train.loss_scale, and clip; the norm before the latter, where it is asked for. Collective."""
+        scale, limit, norm = self.config.train.loss_scale, self.config.optim.clip_norm, None
+        factor = 1 / scale
+        if limit:
+            square_sum = self.executor.gradients.square_sum(self.executor.backend) * factor**2
+            factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
+            if not isfinite(norm):
+                remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"
+                self._not_finite(self._where(), "the loss is, but not its gradient", remedy)
+        if factor != 1:
+            self.executor.gradients.scale(factor)
+        return norm
+
+    def _where(self) -> str:
+        return f"step {self.at.step + 1} (epoch {self.at.epoch + 1})"
+
+    def _asked_to_stop(self) -> bool:
+        return self.world.stop.received is not None
 
     def evaluate(self, feed: Feed) -> Totals:
         """Sums over a whole data set, of which the last batch is padded with samples of weight 0."""
@@ -169,9 +211,9 @@ class Trainer:
             if error is None:
                 for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
                     found += more
-        verdict = self._agree(totals, error, suspects)
+        verdict = judge(self.comm, totals, error, suspects, self._asked_to_stop())
         if not verdict.finite:
-            self._not_finite(f"evaluation after step {self.at.step}", feed, suspects)
+            self._not_finite(f"evaluation after step {self.at.step}", *blame(self.comm, feed, suspects))
         return verdict.totals
 
     def _finish_epoch(self) -> dict[str, Any]:
@@ -213,43 +255,8 @@ class Trainer:
         self.console.note(usage.describe(used))
         return usage.largest(used)
 
-    # --- agreement -------------------------------------------------------------------------------------------------
-
-    def _agree(self, mine: Totals, error: HpctrainError | None, suspects: tuple[list[int], list[int]]) -> Verdict:
-        """The small allreduce of every step: sums of all ranks, whether to stop; raises any rank's error on all.
-
-        Gathered and added in rank order: some MPI libraries add in the order of arrival, other bits on every run.
-        """
-        said = [value for name in self.losses for value in mine.sums.get(name, [0.0] * COLUMNS)]
-        said += [
-            mine.samples,
-            float(error is not None),
-            float(any(suspects)),
-            float(self.world.stop.received is not None),
-        ]
-        every = np.empty((self.world.size, len(said)))
-        self.comm.Allgather(np.array(said), every)
-        *sums, samples, failed, suspected, stop = every.sum(axis=0).tolist()
-        if failed:
-            agree(self.comm, error)
-        totals = Totals({name: sums[i * COLUMNS :][:COLUMNS] for i, name in enumerate(self.losses)}, samples)
-        finite = not suspected and all(np.isfinite(found[LOSS]) for found in totals.sums.values())
-        return Verdict(totals, finite, bool(stop))
-
-    def _not_finite(self, where: str, feed: Feed, suspects: tuple[list[int], list[int]]) -> None:
-        """Name the samples behind what is not finite, and stop or go on as the config says. Collective."""
-        said = self.comm.allgather(suspects)
-        from_data = [sample for read, _ in said for sample in read]
-        from_loss = [sample for _, rows in said for sample in rows]
-        if from_data:
-            why = f"{feed.data.folder}: NaN or infinity in {feed.name(from_data)}"
-            remedy = "mend the data and start anew"
-        else:
-            which = f"the loss of {feed.name(from_loss)}" if from_loss else "the sum of losses"
-            why, remedy = (
-                f"inputs are, but not {which}",
-                "resume the last checkpoint, or start anew, with a lower optim.lr",
-            )
+    def _not_finite(self, where: str, why: str, remedy: str) -> None:
+        """Stop or go on as the config says."""
         if self.config.train.nonfinite == "stop":
             raise NumericsError(f"{where}: not finite: {why}; {remedy}, or with train.nonfinite=skip")
         self._warn(f"{where}: not finite: {why}; skipped")
@@ -267,7 +274,7 @@ class Trainer:
             self.metrics.flush()
 
     def _test_feed(self, test: Dataset) -> Feed:
-        batches = Batches(test.samples, self.config.train.batch, 0, shuffle=False, drop_last=False)
+        batches = Batches(test.samples, self.config.train.part, 0, shuffle=False, drop_last=False)
         return Feed(test, batches, self.executor)
 
     @staticmethod
@@ -303,6 +310,8 @@ class Trainer:
         named = self.plan.allreduce
         summed = f", {named} allreduce" if isinstance(named, str) else ""
         self.console.note(wrapped(f"{ranks}, {what}{summed}; {backend}"))
+        if rate := schedule.describe(self.config.optim, self.config.train.batch):
+            self.console.note(wrapped(rate))
         self.console.note(self.usage.heading())
         if short := self.usage.warning():
             self.console.warn(short)

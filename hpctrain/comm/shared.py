@@ -236,10 +236,11 @@ class PythonSharedSum:
             self._waiting = True
         if not self._written.complete(microseconds):
             return False
-        np.copyto(self._total, self._from[0], casting="unsafe")
-        for other in self._from[1:]:
-            np.add(self._total, other, out=self._total, dtype=self._total.dtype, casting="unsafe")
-        np.copyto(self._out, self._total, casting="unsafe")
+        with np.errstate(over="ignore", invalid="ignore"):  # as compiled code does it
+            np.copyto(self._total, self._from[0], casting="unsafe")
+            for other in self._from[1:]:
+                np.add(self._total, other, out=self._total, dtype=self._total.dtype, casting="unsafe")
+            np.copyto(self._out, self._total, casting="unsafe")
         self._waiting, self._added = False, True
         return True
 

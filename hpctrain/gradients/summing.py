@@ -178,8 +178,9 @@ class Gradients:
                 continue
             partials = self._storage[group].partials[self._buckets[group][i].where]
             if not (first and last):
-                held = self._held.setdefault(group, np.zeros_like(self._storage[group].partials))
-                held = held[self._buckets[group][i].where]
+                if group not in self._held:
+                    self._held[group] = np.empty_like(self._storage[group].partials)
+                held = self._held[group][self._buckets[group][i].where]
                 if not last:
                     np.copyto(held, partials) if first else np.add(held, partials, out=held)
                     continue
@@ -197,7 +198,7 @@ class Gradients:
             self._running.append((group, Running(way.steps(bucket))))
         else:
             with self._waits[group]:
-                allreduce.run(way.steps(bucket))
+                way.sum(bucket)
 
     def finish(self) -> None:
         """After backward: wait for the sums."""
@@ -231,6 +232,20 @@ class Gradients:
                 with self._waits[group]:
                     way.publish()
         self._unpublished = False
+
+    def link(self, group: Group) -> Link:
+        """Of the ranks that sum a group. KeyError where this rank sums nothing of it."""
+        return self._ways[group].link
+
+    def how(self) -> str:
+        """What else is to be said of the sums, for the head of a run."""
+        settings = self.settings
+        said = [
+            ", compressed by " + settings.compress.codec if settings.compress.codec != "none" else "",
+            ", while backward goes on" if self.overlap else "",
+            ", weights once per host" if settings.share_weights else ", updates sharded" if settings.shard else "",
+        ]
+        return "".join(said)
 
     @property
     def codecs(self) -> dict[Group, codecs.Codec]:

@@ -22,6 +22,7 @@ ALIGNMENT = 64
 class Way(Protocol):
     """One group's on this rank. What is collective is so over the group; buckets come in the same order on all."""
 
+    link: Link
     storage: Storage
 
     def begin(self) -> None:
@@ -29,6 +30,9 @@ class Way(Protocol):
 
     def steps(self, bucket: int) -> Steps:
         """Sum a bucket: then what this rank reduces of it is in `storage.sums`, and all of it unless sharded."""
+
+    def sum(self, bucket: int) -> None:
+        """All steps, and wait for them."""
 
     def scale(self, factor: float) -> None:
         """Multiply all sums. Collective."""
@@ -45,6 +49,7 @@ class ByMessages:
 
     def __init__(self, link: Link, algorithm: Algorithm, storage: Storage, found: Sequence[Bucket]) -> None:
         self.link, self.algorithm, self.storage = link, algorithm, storage
+        self._found = found
         self._buckets = [storage.partials[bucket.where] for bucket in found]
         self._lanes = [link if i == 0 else link.lane(i) for i in range(len(found))]
 
@@ -54,6 +59,10 @@ class ByMessages:
     def steps(self, bucket: int) -> Steps:
         """As in Way."""
         return self.algorithm.steps(self._lanes[bucket], self._buckets[bucket])
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        self.algorithm.sum(self._lanes[bucket], self._buckets[bucket])
 
     def scale(self, factor: float) -> None:
         """As in Way."""
@@ -74,6 +83,10 @@ class Sharded(ByMessages):
         """As in Way."""
         return ring.reduce_scatter(self._lanes[bucket], self._buckets[bucket])
 
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        run(self.steps(bucket))
+
     def scale(self, factor: float) -> None:
         """As in Way."""
         for part in self.storage.reduced:
@@ -81,10 +94,8 @@ class Sharded(ByMessages):
 
     def publish(self) -> None:
         """As in Way."""
-        at = self.storage.partials.ctypes.data
-        for lane, bucket in zip(self._lanes, self._buckets, strict=True):
-            start = (bucket.ctypes.data - at) // bucket.itemsize
-            run(ring.allgather(lane, self.storage.weights[start : start + bucket.size]))
+        for lane, bucket in zip(self._lanes, self._found, strict=True):
+            run(ring.allgather(lane, self.storage.weights[bucket.where]))
 
 
 class Compressed(ByMessages):
@@ -99,8 +110,12 @@ class Compressed(ByMessages):
 
     def steps(self, bucket: int) -> Steps:
         """As in Way; all of it at once."""
-        self.codec.sum(self.link, self.algorithm, self.storage.partials, self.step, self.step / self._per_epoch)
+        self.sum(bucket)
         return iter(())
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        self.codec.sum(self.link, self.algorithm, self.storage.partials, self.step, self.step / self._per_epoch)
 
 
 class InWindow:
@@ -148,6 +163,10 @@ class InWindow:
     def steps(self, bucket: int) -> Steps:
         """As in Way."""
         return self._sums[bucket].steps(self._across[bucket])
+
+    def sum(self, bucket: int) -> None:
+        """As in Way."""
+        run(self.steps(bucket))
 
     def scale(self, factor: float) -> None:
         """As in Way."""

@@ -12,13 +12,16 @@ from typing import Any
 
 import msgspec
 
-from hpctrain.comm.allreduce import TABLE as ALLREDUCES
+from hpctrain.comm.allreduce import LIBRARIES, TABLE
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, names
 
 VERSION = 1
+
+ALLREDUCES = (*TABLE, *LIBRARIES)
+"""What may stand for an allreduce."""
 
 FEW = 6
 """Layers up to which a note names each."""

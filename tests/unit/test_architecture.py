@@ -33,7 +33,19 @@ LEVELS = {
     3: ("graph", "models", "importers"),
     4: ("planner",),
     5: ("binding", "executor", "gradients", "parameters", "sync", "data", "checkpoint", "metrics"),
-    6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
+    6: (
+        "trainer",
+        "feed",
+        "verdict",
+        "verify",
+        "prepare",
+        "runfolder",
+        "saving",
+        "summation",
+        "console",
+        "launch",
+        "usage",
+    ),
     7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
