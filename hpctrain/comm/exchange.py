@@ -11,7 +11,7 @@ Ranks on this rank's host read from its arrays themselves, where they lie in sha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from mpi4py.util import dtlib
 
 from hpctrain.comm.neighbours import Neighbours
 from hpctrain.comm.watch import WATCH
-from hpctrain.partition import Box, contains, extent, volume, within
+from hpctrain.partition import Box, Shape, contains, extent, volume, within
 from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
 
@@ -173,14 +173,21 @@ class Arrays(NamedTuple):
     inplace_back: bool
 
 
-def own_arrays(have: Region, want: Region, rank: int, dtype: np.dtype, backward: bool) -> Arrays:
-    """Arrays of an edge alone."""
+def own_arrays(
+    have: Region,
+    want: Region,
+    rank: int,
+    dtype: np.dtype,
+    backward: bool,
+    zeros: Callable[[Shape, np.dtype], np.ndarray] = np.zeros,
+) -> Arrays:
+    """Arrays of an edge alone, made by `zeros`."""
     mine, wish = have.box(rank), want.box(rank)
     inplace = volume(mine) > 0 and contains(wish, mine)
 
     def pair() -> tuple[np.ndarray, np.ndarray]:
-        outer = np.zeros(extent(wish), dtype)
-        return outer, outer[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
+        outer = zeros(extent(wish), dtype)
+        return outer, outer[within(mine, wish)] if inplace else zeros(extent(mine), dtype)
 
     y, x = pair()
     dy, dx = pair() if backward else (None, None)
