@@ -1,0 +1,119 @@
+"""What a strategy of synchronisation is, and what strategies share: vectors made of a rank's arrays, exact means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hpctrain.comm.replicas import Replicas
+from hpctrain.partition import split
+from hpctrain.sync import rules
+
+Arrays = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of its replica, of one float type; ranks across hold arrays of the same shapes."""
+
+    weights: Arrays
+    gradients: Arrays
+    optimizer: Arrays
+    """The optimizer's state."""
+
+
+class Strategy(Protocol):
+    """How replicas keep together. Made once weights are what they start from, on all ranks."""
+
+    lockstep: bool
+    """Whether a replica may wait in `update` for others to make the same step."""
+
+    def update(self, step: int, move: Callable[[], None]) -> int:
+        """The update of step `step`, and what replicas exchange before and after it.
+
+        The gradients are there; `move` is the optimizer's part. Returns how many steps this replica has then done:
+        more than step + 1 where it took from others what they had got to meanwhile. Collective over the replica.
+        """
+
+    def state(self) -> Mapping[str, Arrays]:
+        """Arrays like the weights that all replicas share, for a checkpoint. Collective over all replicas."""
+
+    def load(self, state: Mapping[str, Arrays]) -> None:
+        """Go on from what `state` gave. Collective over all replicas."""
+
+    def free(self) -> None:
+        """Release windows. Collective over all replicas."""
+
+
+class Stateless:
+    """A strategy that neither keeps anything for a checkpoint nor holds a window."""
+
+    def state(self) -> Mapping[str, Arrays]:
+        """Nothing."""
+        return {}
+
+    def load(self, state: Mapping[str, Arrays]) -> None:
+        """Nothing to do."""
+
+    def free(self) -> None:
+        """Nothing to do."""
+
+
+def size_of(arrays: Arrays) -> int:
+    """Elements in all of them."""
+    return sum(array.size for array in arrays)
+
+
+def pack(arrays: Arrays, out: np.ndarray | None = None) -> np.ndarray:
+    """`arrays` one after the other as one vector."""
+    out = np.empty(size_of(arrays), arrays[0].dtype if arrays else np.float32) if out is None else out
+    at = 0
+    for array in arrays:
+        out[at : at + array.size].reshape(array.shape)[...] = array
+        at += array.size
+    return out
+
+
+def unpack(vector: np.ndarray, arrays: Arrays) -> None:
+    """Fill `arrays` from such a vector."""
+    at = 0
+    for array in arrays:
+        array[...] = vector[at : at + array.size].reshape(array.shape)
+        at += array.size
+
+
+def views(vector: np.ndarray, arrays: Arrays) -> list[np.ndarray]:
+    """`vector` cut into arrays of the shapes of `arrays`."""
+    ends = np.cumsum([array.size for array in arrays])
+    return [vector[end - array.size : end].reshape(array.shape) for end, array in zip(ends, arrays, strict=True)]
+
+
+def average(replicas: Replicas, vector: np.ndarray) -> np.ndarray:
+    """The exact mean over replicas of `vector`, rounded once: the same bits wherever an element stands. Collective."""
+    comm = replicas.across
+    shares = [split(vector.size, comm.size, r) for r in range(comm.size)]
+    counts, starts = [stop - start for start, stop in shares], [start for start, _ in shares]
+    mine = counts[comm.rank]
+    every = np.empty((comm.size, mine), vector.dtype)
+    comm.Alltoallv([vector, (counts, starts)], [every, ([mine] * comm.size, [mine * r for r in range(comm.size)])])
+    found = np.empty_like(vector)
+    comm.Allgatherv(rules.mean(list(every)), [found, (counts, starts)])
+    return found
+
+
+@contextmanager
+def averaged(replicas: Replicas, arrays: Arrays) -> Iterator[None]:
+    """Within this, `arrays` hold their exact mean over replicas; afterwards what they held. Collective over all."""
+    if replicas.count == 1:
+        yield
+        return
+    own = pack(arrays)
+    unpack(average(replicas, own), arrays)
+    try:
+        yield
+    finally:
+        unpack(own, arrays)
