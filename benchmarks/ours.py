@@ -36,7 +36,7 @@ class Ours:
         self.comm, self.batch = comm, graph["x"].shape[0]
         self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[OPTIM.name](flat.weights, flat.gradients, flat.shards(), backend, OPTIM, comm)
+        self.optimizer = optim.TABLE[OPTIM.name](flat.blocks(), flat.shards(), backend, OPTIM, comm)
         self.given = {name: values[self.executor.box(name)] for name, values in random_batch(graph).items()}
         self.loss = 0.0
 

@@ -89,8 +89,8 @@ class Executor:
     def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
         """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
         self._phase = phase
-        if self.parameters.narrow is not None:
-            self.backend.narrow(self.parameters.weights, self.parameters.narrow)
+        for group, copies in self.parameters.narrow.items():
+            self.backend.narrow(self.parameters.groups[group].weights, copies)
         for step in self.steps:
             self._forward_step(step, phase)
         # (0, 4) on an idle rank
@@ -107,7 +107,7 @@ class Executor:
             np.copyto(step.result, self._transfer(step.sum_partials))
 
     def backward(self, dloss: Mapping[str, Array]) -> None:
-        """Fill `parameters.gradients` with the sums over the global batch of d(total)/d(weight).
+        """Fill `gradient` of each parameter with the sum over the global batch of d(total)/d(weight).
 
         `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows.
         """
@@ -167,7 +167,7 @@ class Executor:
         comm = self._grid(partition).sub(axes) if axes else None
         begin = perf_counter()
         if comm is not None:
-            self._allreduce(comm, self.parameters.gradients[self.parameters.groups[group]])
+            self._allreduce(comm, self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -250,7 +250,7 @@ class Executor:
             spread_gradient=None if partial is None else partial.fwd,
             outputs=[self.exchanges[key] for key in consumers],
             weights={name: p.used for name, p in mine.items()} | running,
-            gradients={name: p.gradient for name, p in mine.items()},
+            gradients={name: p.partial for name, p in mine.items()},
             result=self._results[unit.name],
             masked=self.arena.array(found.masked[unit.name]) if unit.name in found.masked else None,
             groups=groups,

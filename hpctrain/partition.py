@@ -66,6 +66,30 @@ def empty(ndim: int) -> Box:
     return (slice(0, 0),) * ndim
 
 
+def boxes_of_run(shape: Shape, start: int, stop: int) -> list[tuple[Box, slice]]:
+    """The elements `start` to `stop` of an array of `shape`, in C order, as boxes, each with its stretch of the run."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [((), slice(0, 1))]
+    inner = prod(shape[1:])
+    found: list[tuple[Box, slice]] = []
+    at = start
+    while at < stop:
+        row, first = divmod(at, inner)
+        if first == 0 and stop - at >= inner:  # whole rows
+            rows = (stop - at) // inner
+            found.append(((slice(row, row + rows), *whole(shape[1:])), slice(at - start, at - start + rows * inner)))
+            at += rows * inner
+            continue
+        last = min(inner, first + stop - at)
+        for box, stretch in boxes_of_run(shape[1:], first, last):
+            moved = slice(stretch.start + at - start, stretch.stop + at - start)
+            found.append(((slice(row, row + 1), *box), moved))
+        at += last - first
+    return found
+
+
 # --- the process grid of a layer ---------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ class Saver:
         if self.saved == at.step:
             return
         with all_ranks(self.world.comm):
-            if not np.isfinite(self.executor.parameters.weights).all():
+            if not all(np.isfinite(memory.weights).all() for memory in self.executor.parameters.groups.values()):
                 raise NumericsError(
                     f"step {at.step}: weights are not finite, so nothing was saved; resume from the last checkpoint "
                     f"with a lower optim.lr"

@@ -68,9 +68,7 @@ class Trainer:
         economy = planned.economy(config, self.graph, self.plan)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[config.optim.name](
-            flat.weights, flat.gradients, flat.shards(), backend, config.optim, self.comm
-        )
+        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, self.comm)
         with all_ranks(self.comm):
             self.feed = Feed(self.data, batches, self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
@@ -140,7 +138,8 @@ class Trainer:
                 gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
             self.executor.backward(gradients)
             if self.config.train.loss_scale != 1:
-                self.executor.parameters.gradients /= self.config.train.loss_scale
+                for memory in self.executor.parameters.groups.values():
+                    memory.sums[...] /= self.config.train.loss_scale
             self.optimizer.step(lr)
             self.at.totals.add(verdict.totals)
         else:

@@ -181,7 +181,7 @@ def trained(comm: Any, case: Case, plan: Plan, data: Data, economy: Economy = KE
     load_weights(executor, data)
     flat = executor.parameters
     found: Blocks = {}
-    sgd = SGD(flat.weights, flat.gradients, flat.shards(), executor.backend, OPTIM)
+    sgd = SGD(flat.blocks(), flat.shards(), executor.backend, OPTIM)
     for number in range(STEPS):
         poison(executor)
         forward_backward(executor, data, number)

@@ -36,7 +36,7 @@ def train(net: Graph, plan: Plan, comm: Any, data: Data, optim: Optim = OPTIM) -
     executor = Executor(net, plan, comm, Reference(), "float64")
     load_weights(executor, data)
     flat = executor.parameters
-    optimizer = TABLE[optim.name](flat.weights, flat.gradients, flat.shards(), executor.backend, optim, comm)
+    optimizer = TABLE[optim.name](flat.blocks(), flat.shards(), executor.backend, optim, comm)
     found: Blocks = {}
     for step in range(len(next(iter(data.inputs.values())))):
         forward_backward(executor, data, step)
@@ -46,6 +46,11 @@ def train(net: Graph, plan: Plan, comm: Any, data: Data, optim: Optim = OPTIM) -
             found[f"step {step}: {tensor.name} updated"] = (tensor.box, tensor.array.copy())
     executor.free()
     return found
+
+
+def flat_weights(executor: Executor) -> np.ndarray:
+    """A copy of this rank's weights, one after the other."""
+    return np.concatenate([np.zeros(0), *(memory.weights for memory in executor.parameters.groups.values())])
 
 
 def load_weights(executor: Executor, data: Data) -> None:

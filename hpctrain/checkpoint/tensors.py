@@ -12,11 +12,7 @@ from hpctrain.parameters import Tensor
 
 def blocks(tensors: Sequence[Tensor], rank: int) -> list[Block]:
     """What `rank` writes: its box of each tensor, if it is the first of those that hold the same."""
-    return [
-        Block(tensor.name, tensor.shape, tensor.box, tensor.array)
-        for tensor in tensors
-        if tensor.distribution.is_first_replica(rank)
-    ]
+    return [Block(tensor.name, tensor.shape, tensor.box, tensor.array) for tensor in tensors if tensor.saved_by(rank)]
 
 
 def restore(checkpoint: Checkpoint, tensors: Sequence[Tensor]) -> None:

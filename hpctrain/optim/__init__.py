@@ -1,12 +1,12 @@
-"""Optimizers, one file each; `TABLE` lists them. Each updates the flat parameters in place from flat gradients."""
+"""Optimizers, one file each; `TABLE` lists them. Each updates blocks of parameters in place from their gradients."""
 
 from __future__ import annotations
 
 from hpctrain.optim.adam import Adam
-from hpctrain.optim.base import Optimizer, Shard
+from hpctrain.optim.base import Block, Optimizer, Shard
 from hpctrain.optim.lars import LARS
 from hpctrain.optim.sgd import SGD
 
 TABLE: dict[str, type[SGD] | type[Adam] | type[LARS]] = {"sgd": SGD, "adam": Adam, "lars": LARS}
 
-__all__ = ["LARS", "SGD", "TABLE", "Adam", "Optimizer", "Shard"]
+__all__ = ["LARS", "SGD", "TABLE", "Adam", "Block", "Optimizer", "Shard"]

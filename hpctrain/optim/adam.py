@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hpctrain.backends.base import Backend, Floats
+from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
-from hpctrain.optim.base import Shard, runs
+from hpctrain.optim.base import Block, Shard, runs, state_like
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,28 +22,28 @@ class Adam:
 
     def __init__(
         self,
-        weights: Floats,
-        gradients: Floats,
+        blocks: Sequence[Block],
         shards: Sequence[Shard],
         backend: Backend,
         config: Optim,
         comm: MPI.Intracomm | None = None,
     ) -> None:
-        self.weights, self.gradients, self.runs = weights, gradients, runs(shards)
+        self.blocks, self.runs = blocks, runs(shards)
         self.backend, self.config = backend, config
-        self.state = {"mean": np.zeros_like(weights), "square": np.zeros_like(weights)}
+        self.state = {"mean": state_like(blocks, shards), "square": state_like(blocks, shards)}
         self.updates = 0
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`."""
         self.updates += 1
         optim = self.config
-        for run, decay in self.runs:
+        for block, where, decay, at in self.runs:
+            weights, gradients = self.blocks[block]
             self.backend.adam_update(
-                self.weights[run],
-                self.gradients[run],
-                self.state["mean"][run],
-                self.state["square"][run],
+                weights[where],
+                gradients[where],
+                self.state["mean"][at],
+                self.state["square"][at],
                 lr,
                 optim.beta1,
                 optim.beta2,

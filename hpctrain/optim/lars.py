@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.backends.base import Backend, Floats
+from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
-from hpctrain.optim.base import Shard
+from hpctrain.optim.base import Block, Shard, places, state_like
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,41 +26,43 @@ class LARS:
 
     def __init__(
         self,
-        weights: Floats,
-        gradients: Floats,
+        blocks: Sequence[Block],
         shards: Sequence[Shard],
         backend: Backend,
         config: Optim,
         comm: MPI.Intracomm | None = None,
     ) -> None:
-        self.weights, self.gradients, self.shards = weights, gradients, shards
+        self.blocks, self.shards = blocks, shards
         self.backend, self.config, self.comm = backend, config, comm
-        self.state = {"velocity": np.zeros_like(weights)}
+        self.state = {"velocity": state_like(blocks, shards)}
         self.updates = 0
-        scaled = sum(shard.decay for shard in shards)
-        self._mine = np.zeros((scaled, 2))
-        self._every = np.zeros((1 if comm is None else comm.size, scaled, 2))
+        scaled = sorted({shard.parameter for shard in shards if shard.decay})
+        self._row = {parameter: row for row, parameter in enumerate(scaled)}
+        self._mine = np.zeros((len(scaled), 2))
+        self._every = np.zeros((1 if comm is None else comm.size, len(scaled), 2))
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`. Collective."""
         self.updates += 1
-        optim, ratios = self.config, iter(self._trust_ratios())
-        for where, decay, _ in self.shards:
+        optim, ratios = self.config, self._trust_ratios()
+        for shard, at in zip(self.shards, places(self.shards), strict=True):
+            weights, gradients = self.blocks[shard.block]
             self.backend.lars_update(
-                self.weights[where],
-                self.gradients[where],
-                self.state["velocity"][where],
-                lr * next(ratios) if decay else lr,
+                weights[shard.where],
+                gradients[shard.where],
+                self.state["velocity"][at],
+                lr * ratios[self._row[shard.parameter]] if shard.decay else lr,
                 optim.momentum,
-                optim.weight_decay if decay else 0.0,
+                optim.weight_decay if shard.decay else 0.0,
             )
 
     def _trust_ratios(self) -> list[float]:
         """One per parameter that decays. All ranks get the same bits: they add the same sums in rank order."""
-        scaled = [shard for shard in self.shards if shard.decay]
-        for i, (where, _, counted) in enumerate(scaled):
-            for j, array in enumerate((self.weights, self.gradients)):
-                self._mine[i, j] = self.backend.sum_squares(array[where]) if counted else 0.0
+        self._mine.fill(0)
+        for shard in self.shards:
+            if shard.decay and shard.counted:
+                for j, array in enumerate(self.blocks[shard.block]):
+                    self._mine[self._row[shard.parameter], j] += self.backend.sum_squares(array[shard.where])
         if self.comm is None:
             self._every[0] = self._mine
         else:

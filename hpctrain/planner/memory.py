@@ -110,8 +110,8 @@ def predict(
 
 def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
     """`predict` for a run as `config` describes it."""
-    train, none = config.train, np.zeros(0)
-    optimizer = optim.TABLE[config.optim.name](none, none, [], Reference(), config.optim)
+    train = config.train
+    optimizer = optim.TABLE[config.optim.name]([], [], Reference(), config.optim)
     saving = economy(config, graph, plan)
     return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend, saving)
 

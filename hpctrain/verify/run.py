@@ -44,7 +44,7 @@ class Run:
         self.executor = Executor(graph, plan, comm, settings.backend, settings.precision, settings.seed, economy)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[settings.optim.name](
-            flat.weights, flat.gradients, flat.shards(), settings.backend, settings.optim, self.executor.comm
+            flat.blocks(), flat.shards(), settings.backend, settings.optim, self.executor.comm
         )
 
     def forward_backward(self, step: int) -> None:

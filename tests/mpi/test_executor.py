@@ -150,7 +150,12 @@ def test_single_precision_is_close_to_double(comm: Any, seed: int) -> None:
     executor = Executor(net, plan, comm, Reference(), "float32")
     load_weights(executor, data)
     rows = forward_backward(executor, data, 0)["loss"]
-    assert rows.dtype == executor.parameters.gradients.dtype == executor.output("conv1").dtype == np.float32
+    assert (
+        rows.dtype
+        == executor.parameters.by_name["conv1.weight"].gradient.dtype
+        == executor.output("conv1").dtype
+        == np.float32
+    )
     # a sum of n terms errs by at most n * 2**-24 of their size; the longest is conv1's weight gradient, over batch and
     # positions: n = 5 * 13 * 15 = 975; the network is ten layers deep
     for name, p in executor.parameters.by_name.items():
@@ -169,16 +174,17 @@ def test_gradient_is_the_derivative_of_the_loss(comm: Any, name: str, seed: int)
     load_weights(executor, data)
     forward_backward(executor, data, 0)
     flat, rng = executor.parameters, np.random.default_rng(seed)
-    gradients, start = flat.gradients.copy(), flat.weights.copy()
+    (memory,) = flat.groups.values()
+    gradients, start = memory.sums.copy(), memory.weights.copy()
 
     def loss(weights: np.ndarray) -> float:
-        flat.weights[...] = weights
+        memory.weights[...] = weights
         rows = executor.forward()
         return sum(float((mine * loss_gradient(executor, data, name)).sum()) for name, mine in rows.items())
 
     for p in flat.by_name.values():
         direction = np.zeros_like(start)
-        view = direction[(p.array.ctypes.data - flat.weights.ctypes.data) // 8 :][: p.array.size]
+        view = direction[p.where]
         view[...] = rng.normal(size=view.size) / np.sqrt(view.size)
         h = 1e-6
         slope = (loss(start + h * direction) - loss(start - h * direction)) / (2 * h)

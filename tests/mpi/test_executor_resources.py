@@ -167,19 +167,21 @@ def test_flat_buffers_hold_every_parameter_once_and_say_what_decays(comm: Any) -
     grids = {"conv": grid, "again": grid, "norm": Partition(batch=comm.size)}
     executor = Executor(net, with_partitions(net, grids), comm, Reference(), "float64")
     flat = executor.parameters
-    flat.weights[...] = np.arange(flat.weights.size)
-    flat.gradients[...] = -flat.weights
-    seen = np.zeros(flat.weights.size, bool)
-    covered = np.zeros(flat.weights.size, bool)
+    blocks, size = flat.blocks(), sum(block.weights.size for block in flat.blocks())
+    for i, block in enumerate(blocks):
+        block.weights[...] = sum(other.weights.size for other in blocks[:i]) + np.arange(block.weights.size)
+        block.gradients[...] = -block.weights
+    seen = np.zeros(size, bool)
+    covered = np.zeros(size, bool)
     both = runs(flat.shards())
-    assert len(both) == 2, "one optimizer call for all that decay, one for all that do not"
-    for run, decay in both:
-        covered[run] = True
+    assert len(both) == 1 + len(blocks), "a call for all of a group that decay, if any, and one for all that do not"
+    for i, where, decay, at in both:
+        covered[at] = True
         for name, p in flat.by_name.items():
-            inside = np.isin(flat.weights[run], p.array)
+            inside = np.isin(blocks[i].weights[where], p.array)
             assert not inside.any() or decay == name.endswith(".weight")
     assert covered.all()
-    copies = flat.like(flat.weights.copy(), "velocity")
+    copies = flat.like(np.concatenate([block.weights for block in blocks]), "velocity")
     for (name, p), copied in zip(flat.by_name.items(), copies, strict=True):
         assert copied.name == f"velocity/{name}"
         assert copied.box == p.box

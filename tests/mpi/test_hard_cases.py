@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executing import TOLERANCE, check, forward_backward, load_weights
+from executing import TOLERANCE, check, flat_weights, forward_backward, load_weights
 from networks import Data, draw, mixing, sandwich, single, with_loss, with_partitions
 
 from hpctrain.backends.reference import Reference
@@ -174,7 +174,7 @@ def test_partition_of_two_on_three_ranks(comm: Any, seed: int) -> None:
         check(comm, net, plan, seed)
         executor = run(net, plan, comm, draw(net, seed))
         if comm.rank == 2:
-            assert executor.parameters.weights.size == executor.bytes_sent() == 0
+            assert flat_weights(executor).size == executor.bytes_sent() == 0
             assert all(volume(executor.box(node.name)) == 0 for node in net)
 
 
@@ -230,7 +230,7 @@ def test_last_batch_padded_with_weight_0(comm: Any, seed: int) -> None:
             if rows.size:
                 whole = expected.output("loss")[at : at + len(rows)]
                 np.testing.assert_allclose(rows, whole, rtol=TOLERANCE, atol=TOLERANCE)
-            bits.append(executor.parameters.gradients.tobytes())
+            bits.append([p.gradient.tobytes() for p in executor.parameters.by_name.values()])
             executor.free()
         assert bits[0] == bits[1]
 

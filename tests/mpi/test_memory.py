@@ -33,7 +33,9 @@ def allocated(arrays: list[np.ndarray]) -> int:
 
 def held(executor: Executor) -> list[np.ndarray]:
     """Every array that the executor holds."""
-    found = [executor.parameters.weights, executor.parameters.gradients, *(t.array for t in executor.state)]
+    found = [t.array for t in executor.state]
+    for storage in executor.parameters.groups.values():
+        found += [storage.weights, storage.partials, storage.sums]
     for exchange in executor.exchanges.values():
         for way in exchange.ways:
             messages: list[Message] = [*way._out, *way._in]

@@ -131,7 +131,7 @@ def test_nothing_is_allocated_after_the_first_steps(comm: Any, name: str, precis
     backend, data = backends.get("native"), draw(net, seed, 1)
     executor = Executor(net, plan, comm, backend, precision, economy=LEAN)
     flat, config = executor.parameters, Optim(name="sgd", lr=0.01, momentum=0.9)
-    optimizer = optim.TABLE["sgd"](flat.weights, flat.gradients, flat.shards(), backend, config, comm)
+    optimizer = optim.TABLE["sgd"](flat.blocks(), flat.shards(), backend, config, comm)
     load_weights(executor, data)
     held: list[int] = []
     peaks: list[int] = []

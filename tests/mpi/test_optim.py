@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executing import assert_equal, forward_backward, load_weights, serial, train
+from executing import assert_equal, flat_weights, forward_backward, load_weights, serial, train
 from networks import NETWORKS, draw, random_plan, single
 
 from hpctrain.backends.reference import Reference
@@ -55,13 +55,13 @@ def test_lars_sends_two_numbers_per_parameter_in_one_message_and_repeats_its_bit
         executor, counting = Executor(net, plan, comm, Reference(), "float64"), Counting(comm)
         load_weights(executor, data)
         flat = executor.parameters
-        lars = LARS(flat.weights, flat.gradients, flat.shards(), executor.backend, OPTIMS["lars"], counting)  # type: ignore[arg-type]
+        lars = LARS(flat.blocks(), flat.shards(), executor.backend, OPTIMS["lars"], counting)  # type: ignore[arg-type]
         for step in range(2):
             forward_backward(executor, data, step)
             lars.step(0.1)
         assert counting.calls == 2
         assert counting.bytes == 2 * 16 * sum(p.decay for p in flat.by_name.values())
-        found.append(flat.weights.copy())
+        found.append(flat_weights(executor))
         executor.free()
     np.testing.assert_array_equal(*found, strict=True)
 
@@ -73,8 +73,8 @@ def test_every_element_is_counted_by_one_rank(comm: Any, seed: int) -> None:
     for plan in [single(net), *(random_plan(rng, net, comm.size) for _ in range(4))]:
         executor = Executor(net, plan, comm, Reference(), "float64")
         flat = executor.parameters
-        mine = [(shard.where.stop - shard.where.start) * shard.counted for shard in flat.shards()]
+        mine = [shard.size * shard.counted for shard in flat.shards()]
         sizes = [int(np.prod(p.shape)) for p in flat.by_name.values()]
         assert np.sum(comm.allgather(mine), axis=0).tolist() == sizes
-        assert sum(shard.where.stop - shard.where.start for shard in flat.shards()) == flat.weights.size
+        assert sum(shard.size for shard in flat.shards()) == flat_weights(executor).size
         executor.free()

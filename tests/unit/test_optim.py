@@ -9,7 +9,7 @@ import pytest
 
 from hpctrain.backends.reference import Reference
 from hpctrain.config import Optim, Schedule
-from hpctrain.optim import SGD, TABLE, Shard
+from hpctrain.optim import SGD, TABLE, Block, Shard
 from hpctrain.optim.schedule import learning_rate
 
 GRADIENTS = (F(1), F(-1, 2), F(2))
@@ -19,7 +19,7 @@ GRADIENTS = (F(1), F(-1, 2), F(2))
 def steps(optim: Optim, decay: bool = True, start: float = 1.0) -> list[float]:
     """The weight after each step with GRADIENTS and the rates 1/2, 1/2, 1/4."""
     weights, gradients = np.array([start]), np.zeros(1)
-    sgd = SGD(weights, gradients, [Shard(slice(0, 1), decay)], Reference(), optim)
+    sgd = SGD([Block(weights, gradients)], [Shard(0, 0, slice(0, 1), decay)], Reference(), optim)
     found = []
     for gradient, lr in zip(GRADIENTS, (0.5, 0.5, 0.25), strict=True):
         gradients[:] = float(gradient)
@@ -72,12 +72,12 @@ def test_many_weights_equal_exact_fractions(nesterov: bool, dtype: str, seed: in
     optim = Optim(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     weights = rng.normal(size=13).astype(dtype)
     gradients = np.zeros(13, dtype)
-    shards = [Shard(slice(0, 5), True), Shard(slice(5, 9), False), Shard(slice(9, 13), True)]
-    sgd = TABLE["sgd"](weights, gradients, shards, Reference(), optim)
+    shards = [Shard(0, 0, slice(0, 5), True), Shard(1, 0, slice(5, 9), False), Shard(2, 0, slice(9, 13), True)]
+    sgd = TABLE["sgd"]([Block(weights, gradients)], shards, Reference(), optim)
     exact, velocity = [F(float(w)) for w in weights], [F(0)] * 13
     for _ in range(5):
         gradients[:] = rng.normal(size=13)
-        for run, decay, _ in shards:
+        for _, _, run, decay, _ in shards:
             for i in range(run.start, run.stop):
                 g = F(float(gradients[i])) + (F(0.01) * exact[i] if decay else 0)
                 velocity[i] = F(0.9) * velocity[i] + g
@@ -91,7 +91,7 @@ def test_many_weights_equal_exact_fractions(nesterov: bool, dtype: str, seed: in
 
 
 def test_no_weights_is_no_trouble() -> None:
-    SGD(np.zeros(0), np.zeros(0), [], Reference(), Optim(lr=0.5)).step(0.5)
+    SGD([], [], Reference(), Optim(lr=0.5)).step(0.5)
 
 
 # --- learning rates -----------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 
 from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
-from hpctrain.optim import LARS, TABLE, Shard
+from hpctrain.optim import LARS, TABLE, Block, Shard
 
-SHARDS = [Shard(slice(0, 41), True), Shard(slice(41, 60), True), Shard(slice(60, 67), False)]
+SHARDS = [Shard(0, 0, slice(0, 41), True), Shard(1, 0, slice(41, 60), True), Shard(2, 0, slice(60, 67), False)]
 """Three parameters in flat buffers of 67."""
 RATES = (0.1, 0.1, 0.05, 0.2, 0.1, 0.01, 0.1, 0.1, 0.3, 0.1)
 
@@ -20,7 +20,7 @@ def trained(backend: Backend, config: Optim, seed: int, dtype: str = "float64") 
     """The weights at the start and after each of ten steps, and the optimizer."""
     rng = np.random.default_rng(seed)
     weights, gradients = rng.normal(size=67).astype(dtype), np.zeros(67, dtype)
-    optimizer = TABLE[config.name](weights, gradients, SHARDS, backend, config)
+    optimizer = TABLE[config.name]([Block(weights, gradients)], SHARDS, backend, config)
     found = [weights.copy()]
     for number, lr in enumerate(RATES):
         gradients[...] = gradient(seed, number)
@@ -62,7 +62,9 @@ def test_ten_steps_of_adam_equal_pytorch(backend: Backend, decoupled: bool, deca
 def test_first_step_of_adam_is_the_rate_in_the_direction_of_the_sign(backend: Backend) -> None:
     """Both means are corrected for their start at 0, so that their quotient is g / |g|, whatever the betas."""
     weights, gradients = np.zeros(5), np.array([3.0, -1e-3, 1e4, -7.0, 0.0])
-    adam = TABLE["adam"](weights, gradients, [Shard(slice(0, 5), True)], backend, Optim(name="adam", lr=1.0, eps=1e-15))
+    adam = TABLE["adam"](
+        [Block(weights, gradients)], [Shard(0, 0, slice(0, 5), True)], backend, Optim(name="adam", lr=1.0, eps=1e-15)
+    )
     adam.step(0.25)
     np.testing.assert_allclose(weights, -0.25 * np.sign(gradients), rtol=1e-9)
     assert adam.updates == 1
@@ -104,7 +106,7 @@ def test_lars_does_not_get_stuck_at_zero(backend: Backend, zero: str) -> None:
     {"weights": weights, "gradients": gradients}[zero].fill(0)
     before = weights.copy()
     config = Optim(name="lars", lr=1.0, weight_decay=0.5)
-    LARS(weights, gradients, [Shard(slice(0, 4), True)], backend, config).step(0.25)
+    LARS([Block(weights, gradients)], [Shard(0, 0, slice(0, 4), True)], backend, config).step(0.25)
     np.testing.assert_array_equal(weights, before - 0.25 * (gradients + 0.5 * before))
 
 
@@ -122,10 +124,10 @@ class FakeRanks:
 def test_norms_are_of_global_tensors_with_each_shard_counted_once(backend: Backend) -> None:
     """Of two parameters this rank holds a part of the first and a copy, that another rank counts, of the second."""
     weights, gradients = np.array([3.0, 0.0, 5.0]), np.array([0.0, 4.0, 12.0])
-    shards = [Shard(slice(0, 2), True, True), Shard(slice(2, 3), True, False)]
+    shards = [Shard(0, 0, slice(0, 2), True, True), Shard(1, 0, slice(2, 3), True, False)]
     comm = FakeRanks([np.array([[16.0, 9.0], [25.0, 144.0]])])
     config = Optim(name="lars", lr=1.0, trust_coefficient=0.5)
-    LARS(weights, gradients, shards, backend, config, comm).step(1.0)  # type: ignore[arg-type]
+    LARS([Block(weights, gradients)], shards, backend, config, comm).step(1.0)  # type: ignore[arg-type]
     # |w| = 5, |g| = 5: rate 1/2; |w| = 5, |g| = 12: rate 5/24
     np.testing.assert_allclose(weights, [3.0, -2.0, 5.0 - 2.5], rtol=1e-15)
     assert comm.calls == 1
@@ -140,9 +142,9 @@ def test_state_and_count_are_all_that_a_run_must_keep(backend: Backend, name: st
     config = Optim(name=name, lr=1.0, weight_decay=0.01)  # type: ignore[arg-type]
     whole, _ = trained(backend, config, seed)
     weights, gradients = whole[0].copy(), np.zeros(67)
-    old = TABLE[name](weights, gradients, SHARDS, backend, config)
+    old = TABLE[name]([Block(weights, gradients)], SHARDS, backend, config)
     for number, lr in enumerate(RATES):
-        new = TABLE[name](weights, gradients, SHARDS, backend, config)
+        new = TABLE[name]([Block(weights, gradients)], SHARDS, backend, config)
         assert new.state.keys() == old.state.keys()
         for key, array in new.state.items():
             array[...] = old.state[key]
@@ -157,8 +159,8 @@ def test_state_and_count_are_all_that_a_run_must_keep(backend: Backend, name: st
 @pytest.mark.parametrize("name", TABLE)
 def test_no_weights_is_no_trouble(backend: Backend, name: str) -> None:
     config = Optim(name=name, lr=0.5)  # type: ignore[arg-type]
-    TABLE[name](np.zeros(0), np.zeros(0), [], backend, config).step(0.5)
-    TABLE[name](np.zeros(0), np.zeros(0), [Shard(slice(0, 0), True)], backend, config).step(0.5)
+    TABLE[name]([Block(np.zeros(0), np.zeros(0))], [], backend, config).step(0.5)
+    TABLE[name]([Block(np.zeros(0), np.zeros(0))], [Shard(0, 0, slice(0, 0), True)], backend, config).step(0.5)
 
 
 def test_table_has_what_the_config_takes() -> None:
