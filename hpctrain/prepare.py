@@ -21,6 +21,44 @@ from hpctrain.planner import plan as plans
 from hpctrain.planner.plan import Plan
 
 
+def replicas(config: Config, ranks: int) -> int:
+    """How many copies of the network a run on so many ranks trains; raises as `of_replica` does.
+
+    Where the config does not say, as many as there is room for; with no room even for one, 1, as the plan then says.
+    """
+    if config.sync.strategy == "allreduce":
+        return 1
+    grid = config.plan.grid
+    asked = plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
+    count = config.sync.replicas or max(1, ranks // asked)
+    of_replica(config, count)
+    return count
+
+
+def of_replica(config: Config, count: int) -> Config:
+    """The config as one of `count` replicas sees it: with a batch of its own. Raises ConfigError where that fails."""
+    batch, spare = config.train.batch, config.sync.spare
+    if batch % count:
+        raise ConfigError(
+            f"train.batch = {batch} does not divide among {count} replicas; give a multiple of {count}, or set "
+            "sync.replicas"
+        )
+    if spare >= count:
+        raise ConfigError(f"sync.spare = {spare} of {count} replicas leaves none to wait for; at most {count - 1}")
+    return structs.replace(config, train=structs.replace(config.train, batch=batch // count))
+
+
+def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None:
+    """Raises PlanError where `count` replicas of `plan` are not just what `ranks` ranks hold."""
+    if config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
+        return
+    fits = f"sync.replicas = {ranks // plan.ranks} would fit" if ranks % plan.ranks == 0 else "no number of them fits"
+    raise PlanError(
+        f"{count} replica{'s' * (count > 1)} of a plan for {plan.ranks} ranks take {count * plan.ranks}, but there are "
+        f"{ranks}; start {count * plan.ranks} ranks ({fits} {ranks})"
+    )
+
+
 def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     """Training and test set, checked to be of one kind. Raises DataError."""
     train = Dataset(Path(config.data.train), config.data.normalize)

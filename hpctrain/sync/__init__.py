@@ -8,7 +8,7 @@ from hpctrain.comm.replicas import Replicas
 from hpctrain.config import Sync
 from hpctrain.sync.allreduce import Allreduce
 from hpctrain.sync.backup import Backup
-from hpctrain.sync.base import Held, Strategy, average, averaged
+from hpctrain.sync.base import Held, Strategy, average, averaged, held
 from hpctrain.sync.elastic import Elastic
 from hpctrain.sync.gossip_pull import GossipPull
 from hpctrain.sync.gossip_push import GossipPush
@@ -32,4 +32,4 @@ def make(replicas: Replicas, held: Held, config: Sync, seed: int) -> Strategy:
     return TABLE[config.strategy](replicas, held, config, seed)
 
 
-__all__ = ["TABLE", "Held", "Meeting", "Strategy", "average", "averaged", "make"]
+__all__ = ["TABLE", "Held", "Meeting", "Strategy", "average", "averaged", "held", "make"]

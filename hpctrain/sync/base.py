@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from hpctrain.comm.replicas import Replicas
+from hpctrain.optim.base import runs
+from hpctrain.parameters import Parameters
 from hpctrain.partition import split
 from hpctrain.sync import rules
 
@@ -18,12 +20,19 @@ Arrays = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank holds of its replica, of one float type; ranks across hold arrays of the same shapes."""
+    """What this rank updates of its replica, of one float type; ranks across have arrays of the same shapes."""
 
     weights: Arrays
     gradients: Arrays
     optimizer: Arrays
     """The optimizer's state."""
+
+
+def held(parameters: Parameters, optimizer: Arrays) -> Held:
+    """What this rank updates of `parameters`, and of the optimizer that does."""
+    blocks, found = parameters.blocks(), runs(parameters.shards())
+    weights = [blocks[run.block].weights[run.where] for run in found]
+    return Held(weights, [blocks[run.block].gradients[run.where] for run in found], optimizer)
 
 
 class Strategy(Protocol):
@@ -39,11 +48,11 @@ class Strategy(Protocol):
         more than step + 1 where it took from others what they had got to meanwhile. Collective over the replica.
         """
 
-    def state(self) -> Mapping[str, Arrays]:
-        """Arrays like the weights that all replicas share, for a checkpoint. Collective over all replicas."""
+    def state(self) -> Mapping[str, np.ndarray]:
+        """What all replicas share, for a checkpoint: vectors like the weights. Collective over all replicas."""
 
-    def load(self, state: Mapping[str, Arrays]) -> None:
-        """Go on from what `state` gave. Collective over all replicas."""
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from the weights as they now are, and from what `state` gave, or nothing. Collective over all."""
 
     def free(self) -> None:
         """Release windows. Collective over all replicas."""
@@ -52,11 +61,11 @@ class Strategy(Protocol):
 class Stateless:
     """A strategy that neither keeps anything for a checkpoint nor holds a window."""
 
-    def state(self) -> Mapping[str, Arrays]:
+    def state(self) -> Mapping[str, np.ndarray]:
         """Nothing."""
         return {}
 
-    def load(self, state: Mapping[str, Arrays]) -> None:
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Nothing to do."""
 
     def free(self) -> None:
@@ -92,9 +101,9 @@ def views(vector: np.ndarray, arrays: Arrays) -> list[np.ndarray]:
     return [vector[end - array.size : end].reshape(array.shape) for end, array in zip(ends, arrays, strict=True)]
 
 
-def average(replicas: Replicas, vector: np.ndarray) -> np.ndarray:
-    """The exact mean over replicas of `vector`, rounded once: the same bits wherever an element stands. Collective."""
-    comm = replicas.across
+def average(replicas: Replicas, array: np.ndarray) -> np.ndarray:
+    """The exact mean over replicas of `array`, rounded once: the same bits wherever an element stands. Collective."""
+    comm, vector = replicas.across, np.ascontiguousarray(array)
     shares = [split(vector.size, comm.size, r) for r in range(comm.size)]
     counts, starts = [stop - start for start, stop in shares], [start for start, _ in shares]
     mine = counts[comm.rank]

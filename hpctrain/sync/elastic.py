@@ -10,7 +10,7 @@ from hpctrain.comm.onesided import Vectors
 from hpctrain.comm.replicas import Replicas
 from hpctrain.config import Sync
 from hpctrain.partition import split
-from hpctrain.sync.base import Arrays, Held, pack, size_of, views
+from hpctrain.sync.base import Held, pack, size_of, views
 from hpctrain.sync.rules import due, elastic_pull, elastic_rate
 
 
@@ -54,18 +54,18 @@ class Elastic:
             x[share] = taken
         return x
 
-    def state(self) -> Mapping[str, Arrays]:
+    def state(self) -> Mapping[str, np.ndarray]:
         """The centre."""
         self.replicas.across.Barrier()  # all exchanges have been made
         whole = np.empty_like(self._x)
         for owner, share in enumerate(self._shares):
             with self._centre.locked(owner, shared=True):
                 self._centre.get(owner, whole[share])
-        return {"centre": views(whole, self.weights)}
+        return {"centre": whole}
 
-    def load(self, state: Mapping[str, Arrays]) -> None:
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Take the centre of a checkpoint, or where it has none the weights, which then are the same everywhere."""
-        self._place(pack(state.get("centre", self.weights)))
+        self._place(state["centre"] if "centre" in state else pack(self.weights))
 
     def _place(self, centre: np.ndarray) -> None:
         own = self.replicas.index

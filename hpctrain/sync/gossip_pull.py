@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from hpctrain.comm.onesided import Vectors
 from hpctrain.comm.replicas import Replicas
@@ -21,8 +23,7 @@ class GossipPull(Stateless):
         self._x = pack(held.weights)
         self._other = self._x.copy()
         self._shown = Vectors(replicas, self._x.size, self._x.dtype)
-        self._show(0)
-        replicas.across.Barrier()
+        self.load({})
 
     def update(self, step: int, move: Callable[[], None]) -> int:
         """Step, show, ask, average."""
@@ -37,6 +38,12 @@ class GossipPull(Stateless):
                 pull(self._x, self._other)
                 unpack(self._x, self.weights)
         return step + 1
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Show the weights."""
+        pack(self.weights, self._x)
+        self._show(0)
+        self.replicas.across.Barrier()
 
     def _show(self, version: int) -> None:
         with self._shown.locked(self.replicas.index):

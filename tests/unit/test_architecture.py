@@ -33,7 +33,20 @@ LEVELS = {
     3: ("graph", "models", "importers"),
     4: ("planner",),
     5: ("binding", "executor", "parameters", "sync", "data", "checkpoint", "metrics"),
-    6: ("trainer", "feed", "verify", "prepare", "runfolder", "saving", "console", "launch", "usage"),
+    6: (
+        "trainer",
+        "agreement",
+        "announce",
+        "together",
+        "feed",
+        "verify",
+        "prepare",
+        "runfolder",
+        "saving",
+        "console",
+        "launch",
+        "usage",
+    ),
     7: ("cli", "request", "report", "demo", "doctor", "dryrun", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
