@@ -14,6 +14,7 @@ from hpctrain.binding import Arena, Step, bind_op, exchanges, last_steps, statis
 from hpctrain.comm import allreduce
 from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.link import Link
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Phase
@@ -62,7 +63,8 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._allreduce = allreduce.get(plan.allreduce).allreduce
+        self._allreduce = allreduce.get(plan.allreduce)
+        self._links: dict[Group, Link] = {}
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
         self._differentiable, self._losses = differentiable(graph), graph.losses
@@ -163,11 +165,9 @@ class Executor:
         return found[0] if found else None
 
     def _sum_gradients(self, group: Group) -> None:
-        partition, axes = group
-        comm = self._grid(partition).sub(axes) if axes else None
         begin = perf_counter()
-        if comm is not None:
-            self._allreduce(comm, self.parameters.groups[group].partials)
+        if group in self._links:
+            self._allreduce.sum(self._links[group], self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -217,6 +217,8 @@ class Executor:
         """Release MPI resources. Collective."""
         for exchange in self.exchanges.values():
             exchange.free()
+        for link in self._links.values():
+            link.free()
         for grid in self._grids.values():
             grid.free()
         self.comm.Free()
@@ -236,8 +238,9 @@ class Executor:
         running = {name: array for (layer, _, name), array in owned.items() if layer == unit.head}
         op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grid)
         for partition, replicated in groups:  # collective: all grids are made now, in the same order on all ranks
-            if replicated:
-                self._grid(partition).sub(replicated)
+            comm = self._grid(partition).sub(replicated) if replicated else None
+            if comm is not None:
+                self._links[partition, replicated] = Link(comm)
         partial = self.exchanges.get((unit.head, None))
         consumers = ((node.name, slot) for node, slot in self.graph.consumers(unit.name))
         return Step(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import isqrt, prod
 
 from hpctrain.errors import PlanError
 
@@ -28,6 +28,12 @@ def split(n: int, parts: int, index: int) -> Interval:
     q, r = divmod(n, parts)
     start = index * q + min(index, r)
     return start, start + q + (index < r)
+
+
+def near_square(n: int) -> tuple[int, int]:
+    """(rows, columns) with rows * columns = n, as near to a square as divisors allow, rows the fewer."""
+    rows = next(rows for rows in range(isqrt(n), 0, -1) if n % rows == 0)
+    return rows, n // rows
 
 
 def extent(box: Box) -> Shape:

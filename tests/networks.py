@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from hpctrain.comm.allreduce import TABLE as ALLREDUCES
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import (
     GELU,
@@ -294,7 +295,7 @@ def random_plan(rng: np.random.Generator, net: Graph, ranks: int) -> Plan:
         sizes = [ranks] if rng.random() < 0.7 else range(1, ranks + 1)
         able = list(partitions(extents(n), sizes, most_axes=3)) or [ONE]
         found[n.name] = able[rng.integers(len(able))]
-    return Plan(found, allreduce=("ring", "mpi")[rng.integers(2)], empty_blocks=True)
+    return Plan(found, allreduce=str(rng.choice(list(ALLREDUCES))), empty_blocks=True)
 
 
 def random_partition(rng: np.random.Generator, ranks: int) -> Partition:

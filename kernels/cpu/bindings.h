@@ -23,6 +23,7 @@ void define_normalization(nanobind::module_& m);
 void define_engine(nanobind::module_& m);
 void define_losses(nanobind::module_& m);
 void define_positions(nanobind::module_& m);
+void define_shared(nanobind::module_& m);
 void define_statistics(nanobind::module_& m);
 
 }  // namespace hpctrain

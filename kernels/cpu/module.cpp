@@ -231,5 +231,6 @@ NB_MODULE(_native, m) {
     hpctrain::define_engine(m);
     hpctrain::define_losses(m);
     hpctrain::define_positions(m);
+    hpctrain::define_shared(m);
     hpctrain::define_statistics(m);
 }

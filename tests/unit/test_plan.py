@@ -68,7 +68,7 @@ GOOD = {"version": 1, "allreduce": "ring", "layers": {"conv1": {"batch": 2}}}
         (json.dumps(GOOD | {"layers": {"conv1": {"batch": 2.0}}}), "conv1.*batch = 2.0; give a whole number"),
         (json.dumps(GOOD | {"layers": {"conv1": {"batch": "2"}}}), "conv1.*batch = '2'; give a whole number"),
         ("[" * 100_000, "not a plan"),
-        (json.dumps(GOOD | {"allreduce": "fast"}), "allreduce = 'fast'; choose one of ring, mpi"),
+        (json.dumps(GOOD | {"allreduce": "fast"}), "allreduce = 'fast'; choose one of ring, .*mpi"),
     ],
     ids=lambda value: value[:70],
 )  # fmt: skip

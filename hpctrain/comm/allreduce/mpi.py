@@ -1,25 +1,55 @@
-"""The MPI library's own allreduce: its choice of algorithm, priced as the latency- and bandwidth-optimal one."""
+"""The MPI library's own allreduce: its choice of algorithm, priced as the latency- and bandwidth-optimal one.
+
+What it sends is its own affair and is not counted; MPICH for one does not repeat the order of its sums from run to run.
+Floats of 16 bits are summed in float32, rounded once at the end.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpctrain.comm.allreduce.cost import Network
+from hpctrain.comm.link import Link, Steps, flat
 
-if TYPE_CHECKING:
+
+@flat
+def steps(link: Link, buffer: np.ndarray) -> Steps:
+    """Sum the contiguous 1D `buffer` over the ranks of `link`, in place."""
     from mpi4py import MPI
 
+    if not buffer.size:
+        return
+    wide = _widened(link, buffer)
+    yield [link.comm.Iallreduce(MPI.IN_PLACE, wide, MPI.SUM)]
+    _narrow(wide, buffer)
 
-def allreduce(comm: MPI.Intracomm, buffer: np.ndarray) -> None:
-    """Sum the contiguous `buffer` over `comm` in place."""
+
+@flat
+def blocking(link: Link, buffer: np.ndarray) -> None:
+    """`steps` at once: Open MPI's Allreduce takes half the time of its Iallreduce."""
     from mpi4py import MPI
 
-    comm.Allreduce(MPI.IN_PLACE, buffer, MPI.SUM)
+    wide = _widened(link, buffer)
+    link.comm.Allreduce(MPI.IN_PLACE, wide, MPI.SUM)
+    _narrow(wide, buffer)
 
 
-def cost(ranks: int, nbytes: int, net: Network) -> float:
+def _widened(link: Link, buffer: np.ndarray) -> np.ndarray:
+    """`buffer`, or a copy in float32 of what MPI has no type for."""
+    if buffer.itemsize != 2:
+        return buffer
+    wide = link.scratch(buffer.size, np.dtype(np.float32))
+    np.copyto(wide, buffer)
+    return wide
+
+
+def _narrow(wide: np.ndarray, buffer: np.ndarray) -> None:
+    if wide is not buffer:
+        with np.errstate(over="ignore"):
+            np.copyto(buffer, wide, casting="unsafe")
+
+
+def cost(ranks: int, nbytes: float, net: Network) -> float:
     """Seconds of Rabenseifner's algorithm, which libraries use for long messages (Thakur et al. 2005, section 4.5).
 
     Where ranks are no power of two, the surplus first hands its vector to a neighbour and gets the result from it.

@@ -1,0 +1,115 @@
+"""Binary blocks: the ranks fall into blocks of powers of two, the largest first (11 = 8 + 2 + 1), and none sits idle.
+
+Each block does a reduce-scatter by halving. From the smallest block on, its ranks hand what they hold, in pieces, to
+the ranks of the next larger block that hold just that, and the sums come back the same way before each block's
+allgather (Rabenseifner's algorithm; Chahal et al. 2018, section on binary blocks). Good where neighbouring blocks are
+of similar sizes, as 8 + 4; worst where one rank faces many, as 8 + 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hpctrain.comm.allreduce.cost import Network, Sent, sent_of
+from hpctrain.comm.allreduce.halving import Halves, allgather, halvings, length, reduce_scatter, window
+from hpctrain.comm.link import Link, Steps, add, flat
+from hpctrain.partition import Interval
+
+
+def blocks(ranks: int) -> list[tuple[int, int]]:
+    """(first rank, lg of the size) of each block, largest first."""
+    found, first = [], 0
+    for rounds in reversed(range(ranks.bit_length())):
+        if ranks >> rounds & 1:
+            found.append((first, rounds))
+            first += 1 << rounds
+    return found
+
+
+class Role(NamedTuple):
+    """What a rank does."""
+
+    halves: list[Halves]
+    peers: list[int]
+    """Within its block, by round."""
+    held: Interval
+    """What it holds after its block's reduce-scatter."""
+    smaller: int | None
+    """The rank of the next smaller block that holds this too."""
+    larger: list[tuple[int, Interval]]
+    """Ranks of the next larger block, and the pieces of it that they hold."""
+
+
+def role(ranks: int, rank: int, elements: int) -> Role:
+    """The role of `rank`."""
+    every = blocks(ranks)
+    block = max(i for i, (first, _) in enumerate(every) if first <= rank)
+    first, rounds = every[block]
+    place = rank - first
+    smaller = None
+    if block + 1 < len(every):
+        below, lower = every[block + 1]
+        smaller = below + place % 2**lower
+    larger = []
+    if block > 0:
+        above, higher = every[block - 1]
+        others = range(place, 2**higher, 2**rounds)
+        larger = [(above + other, window(elements, other, higher)) for other in others]
+    peers = [first + (place ^ 1 << i) for i in range(rounds)]
+    return Role(halvings(elements, place, rounds), peers, window(elements, place, rounds), smaller, larger)
+
+
+@flat
+def steps(link: Link, buffer: np.ndarray) -> Steps:
+    """Sum the contiguous 1D `buffer` over the ranks of `link`, in place."""
+    me = role(link.size, link.rank, buffer.size)
+    held = buffer[slice(*me.held)]
+    yield from reduce_scatter(link, buffer, me.halves, me.peers)
+    if me.smaller is not None:
+        inbox = link.scratch(held.size, buffer.dtype)
+        yield [link.recv(inbox, me.smaller)]
+        add(held, inbox)
+    if me.larger:
+        yield [link.send(buffer[slice(*piece)], peer) for peer, piece in me.larger]
+        yield [link.recv(buffer[slice(*piece)], peer) for peer, piece in me.larger]
+    if me.smaller is not None:
+        yield [link.send(held, me.smaller)]
+    yield from allgather(link, buffer, me.halves, me.peers)
+
+
+def cost(ranks: int, nbytes: float, net: Network) -> float:
+    """Seconds until the last rank is done (derived): blocks halve side by side, then wait for the smaller ones.
+
+    A rank of the smaller block sends its pieces, and gets them back, one after the other.
+    """
+    rounds = [lg for _, lg in blocks(ranks)]
+    at = 0.0  # when the block that has been looked at last has its sums
+    for i in reversed(range(len(rounds))):
+        halving = rounds[i] * net.alpha + (1 - 2 ** -rounds[i]) * nbytes * (net.beta + net.gamma)
+        if i + 1 == len(rounds):
+            at = halving
+        else:
+            at = (
+                max(at, halving) + _handing(rounds[i], rounds[i + 1], nbytes, net) + nbytes / 2 ** rounds[i] * net.gamma
+            )
+    end = 0.0
+    for i, lg in enumerate(rounds):
+        if i > 0:
+            at += _handing(rounds[i - 1], lg, nbytes, net)
+        on = net.alpha + nbytes / 2**lg * net.beta if i + 1 < len(rounds) else 0.0
+        end = max(end, at + on + lg * net.alpha + (1 - 2**-lg) * nbytes * net.beta)
+    return end
+
+
+def _handing(larger: int, smaller: int, nbytes: float, net: Network) -> float:
+    """Seconds in which a rank of a block of 2**smaller sends what it holds to those of a block of 2**larger."""
+    return 2 ** (larger - smaller) * net.alpha + nbytes / 2**smaller * net.beta
+
+
+def sent(ranks: int, rank: int, elements: int, itemsize: int) -> Sent:
+    """Given halves going down, kept ones coming up, and between the blocks what the rank holds, each way once."""
+    me = role(ranks, rank, elements)
+    sizes = [length(half) for both in me.halves for half in both] + [length(piece) for _, piece in me.larger]
+    return sent_of(sizes + ([length(me.held)] if me.smaller is not None else []), itemsize)
