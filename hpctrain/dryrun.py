@@ -19,8 +19,10 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     The last line runs it: `words` are those of the command line that asks for that. The plan goes to `plan_out` too.
     """
     data, _ = prepare.open_datasets(config)
-    graph = prepare.build_graph(config, data)
-    plan = prepare.make_plan(config, graph)
+    copies = prepare.replicas(config)
+    alone = prepare.of_replica(config, copies)
+    graph = prepare.build_graph(alone, data)
+    plan = prepare.make_plan(alone, graph)
     layers: list[dict[str, Any]] = [
         {
             "layer": node.name,
@@ -36,11 +38,11 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
-    print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
+    print(f"# memory by the plan: {prepare.most_memory(alone, graph, plan)}")
     if plan_out is not None:
         write_atomic(plan_out, plan.to_json().encode())
         print(f"# plan written to {plan_out}")
-    print(f"# {launch.command_line(plan.ranks, words)}")
+    print(f"# {launch.command_line(copies * plan.ranks, words)}")
     if as_json:
         print_json("train", layers)
     return 0

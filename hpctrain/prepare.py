@@ -21,16 +21,16 @@ from hpctrain.planner import plan as plans
 from hpctrain.planner.plan import Plan
 
 
-def replicas(config: Config, ranks: int) -> int:
+def replicas(config: Config, ranks: int = 0) -> int:
     """How many copies of the network a run on so many ranks trains; raises as `of_replica` does.
 
-    Where the config does not say, as many as there is room for; with no room even for one, 1, as the plan then says.
+    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense.
     """
     if config.sync.strategy == "allreduce":
         return 1
     grid = config.plan.grid
     asked = plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
-    count = config.sync.replicas or max(1, ranks // asked)
+    count = config.sync.replicas or max(1 + config.sync.spare, ranks // asked)
     of_replica(config, count)
     return count
 
@@ -122,8 +122,9 @@ def make_plan(config: Config, graph: Graph) -> Plan:
 def needed(config: Config) -> str:
     """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
     data, _ = open_datasets(config)
-    graph = build_graph(config, data)
-    return most_memory(config, graph, make_plan(config, graph))
+    alone = of_replica(config, replicas(config))
+    graph = build_graph(alone, data)
+    return most_memory(alone, graph, make_plan(alone, graph))
 
 
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:

@@ -29,12 +29,15 @@ class Together:
         self.world, self.replicas, self.optimizer = world, replicas, optimizer
         held = sync.held(parameters, list(optimizer.state.values()))
         self.strategy = sync.make(replicas, held, config.sync, config.train.seed)
-        apart = config.sync.strategy != "allreduce"
-        self.meeting = sync.Meeting(replicas, self.strategy.lockstep) if apart else None
+        self.apart = config.sync.strategy != "allreduce"
+        """Whether replicas only meet at times."""
+        self.meeting = sync.Meeting(replicas, self.strategy.lockstep) if self.apart else None
         self.failed: HpctrainError | None = None
         """What this replica met, until all learn of it. It goes on without updates, as others may wait for it."""
         self.seconds = 0.0
         """Time spent exchanging with others, and waiting for them in a step."""
+        self.waited = 0.0
+        """Time spent waiting for others at meetings."""
 
     def gradients(self, step: int, make: Callable[[], Verdict]) -> Verdict:
         """What `make` does for the gradients of `step`; an error of several replicas is kept, and a meeting called."""
@@ -74,7 +77,12 @@ class Together:
 
     def complete(self, done: int) -> bool:
         """Wait, after `done` steps, until all replicas are here. False: make one more step first, then come again."""
-        return self.meeting is None or self.meeting.complete(done)
+        if self.meeting is None:
+            return True
+        begin = perf_counter()
+        complete = self.meeting.complete(done)
+        self.waited += perf_counter() - begin
+        return complete
 
     def settle(self) -> bool:
         """Once all are here: whether any rank was asked to stop. Raises what any replica met, on all. Collective."""

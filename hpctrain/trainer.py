@@ -111,22 +111,26 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
-        steps, batch = self.feed.batches.steps, self.config.train.batch
+        steps = self.feed.batches.steps
         begin, first, self.phases = perf_counter(), self.at.step, self._phases()
         self.seconds, self.rate = 0.0, None
         with self.console.progress(steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
             bar.advance(self.at.position)
             while self.at.position < steps and not self._enough():
                 stop = self.step()
-                self.seconds = perf_counter() - begin
-                self.rate = (self.at.step - first) * batch / self.seconds
-                bar.advance(1, f"loss {self.at.totals.means(self.losses)['loss']:.4f}  {self.rate:.0f} samples/s")
+                self._time(begin, first)
+                bar.advance(
+                    self.at.position - bar.done,
+                    f"loss {self.at.totals.means(self.losses)['loss']:.4f}  {self.rate:.0f} samples/s",
+                )
                 due = self._due(self.config.checkpoint.every_steps, self.at.step) and self.at.position < steps
                 if (stop or due) and self._meet():
                     return True
                 if due:
                     self._save()
-        return self.together.meeting is not None and self._meet()
+        stop = self.together.apart and self._meet()
+        self._time(begin, first)
+        return stop
 
     def _meet(self) -> bool:
         """Wait until all replicas are here; whether any rank was asked to stop. Raises what any replica met, on all."""
@@ -259,9 +263,14 @@ class Trainer:
     def _phases(self) -> dict[str, float]:
         """What this rank has spent so far: seconds by phase, and bytes sent in exchanges."""
         spent = {f"{phase}_seconds": seconds for phase, seconds in self.executor.seconds.items()}
-        if self.together.meeting is not None:
-            spent["sync_seconds"] = self.together.seconds
+        if self.together.apart:
+            spent |= {"sync_seconds": self.together.seconds, "waited_seconds": self.together.waited}
         return spent | {"input_seconds": self.feed.seconds, "bytes_sent": self.executor.bytes_sent()}
+
+    def _time(self, begin: float, first: int) -> None:
+        if self.at.step > first:
+            self.seconds = perf_counter() - begin
+            self.rate = (self.at.step - first) * self.config.train.batch / self.seconds
 
     def _save(self) -> None:
         self.saver.save(self.at)
