@@ -21,7 +21,8 @@ def run(
     what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
     ranks = f"{world.size} ranks of {world.threads} thread{'s' * (world.threads != 1)}"
     copies = f"{replicas.count} replicas ({config.sync.strategy}), " if replicas.count > 1 else ""
-    console.note(wrapped(f"{ranks}, {copies}{what}, {plan.allreduce} allreduce; {backend}"))
+    summed = f", {plan.allreduce} allreduce" if isinstance(plan.allreduce, str) else ""
+    console.note(wrapped(f"{ranks}, {copies}{what}{summed}; {backend}"))
     console.note(usage.heading())
     if short := usage.warning():
         console.warn(short)

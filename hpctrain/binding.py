@@ -12,6 +12,8 @@ import numpy as np
 from hpctrain.backends.base import Array, Backend
 from hpctrain.comm.exchange import Arrays, Exchange, Way
 from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import watched, world_ranks
 from hpctrain.graph import Graph
 from hpctrain.layers import Loss, Op, Place
 from hpctrain.layers.base import Tail
@@ -55,6 +57,9 @@ class Step:
     """Replica groups whose gradients are complete once this step's backward has run."""
 
 
+_EDGE, _PARTIAL = ("forward exchange", "backward exchange"), ("gradient of partial sums", "sum of partial sums")
+
+
 class Arena:
     """The memory of all arrays between layers, one allocation, and the arrays in it."""
 
@@ -91,12 +96,15 @@ def exchanges(
     comm: MPI.Intracomm, graph: Graph, moved: list[Edge], found: Buffers, arena: Arena
 ) -> dict[Key, Exchange]:
     """The exchange of every edge that is not within a unit. Collective."""
-    made = {}
+    made, every = {}, world_ranks(comm)
     for i, edge in enumerate(moved):
         key = edge.consumer, edge.slot
         if key in found.edges:
             fill = 0.0 if edge.slot is None else graph[edge.consumer].layer.fill
             made[key] = Exchange(comm, edge.have, edge.want, arena.of_edge(found, key), fill, 2 * i)
+            # Ranks without messages compare too: one that met nobody would wait where no news of others reaches it.
+            for way, operation in zip(made[key].ways, _PARTIAL if edge.slot is None else _EDGE, strict=False):
+                way.wait = Wait(edge.consumer, operation, [every[r] for r in way.peers], every)
     return made
 
 
@@ -137,6 +145,7 @@ def bind_op(
     reduced = node.layer.reduce_axes(*node.input_shapes)
     axes = tuple(axis for axis in AXES if axis in reduced and place.partition[axis] > 1)
     comm = grid(place.partition).sub(axes) if axes else None
+    comm = None if comm is None else watched(comm, "statistics", node.name)
     produced: Region = place.output if place.partial is None else place.partial
     op = node.layer.bind(
         Place(

@@ -171,6 +171,30 @@ def doctor(args: argparse.Namespace) -> int:
     return doctors.run(args.mpi, args.json)
 
 
+def bench_allreduce(args: argparse.Namespace) -> int:
+    """`hpctrain bench allreduce`, on every rank that a launcher started."""
+    from hpctrain.comm.world import run_spmd
+
+    def on_each_rank(world: World) -> int:
+        from hpctrain import bench
+
+        return bench.run_allreduce(world, bench.Options.of(args))
+
+    return run_spmd(on_each_rank)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """`hpctrain calibrate`, on every rank that a launcher started."""
+    from hpctrain.comm.world import run_spmd
+
+    def on_each_rank(world: World) -> int:
+        from hpctrain import bench
+
+        return bench.calibrate(world, bench.Options.of(args), args.out)
+
+    return run_spmd(on_each_rank)
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +259,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--verify", action="store_true", help="read every byte and compare hashes")
     _json(sub)
 
+    bench = _command(commands, "bench", None, "measure parts of the program; start it with mpirun or srun")
+    actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = _command(actions, "allreduce", bench_allreduce, "time the sums of gradients beside the MPI library's own")
+    sub.add_argument("--algorithms", metavar="NAME,NAME", help="which (default: all that can run on these ranks)")
+    sub.add_argument("--dtype", choices=("float32", "float64", "bf16"), default="float32")
+    _sizes(sub)
+
+    sub = _command(commands, "calibrate", calibrate, "measure this machine, so that runs choose the fastest allreduce")
+    sub.add_argument("--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
+    _sizes(sub)
+
     sub = _command(commands, "doctor", doctor, "check this machine: MPI, compiled kernels, memory")
     sub.add_argument("--mpi", action="store_true", help="also start two ranks")
     _json(sub)
@@ -249,6 +284,13 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 def _json(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+
+
+def _sizes(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--sizes", metavar="64K,1M", help="bytes of the buffers (default: 1K to 64M, times 4)")
+    sub.add_argument("--repeat", type=_positive, metavar="N", help="rounds of which the median counts")
+    sub.add_argument("--quick", action="store_true", help="two small sizes, few rounds: only to see that it runs")
+    _json(sub)
 
 
 def _positive(text: str) -> int:

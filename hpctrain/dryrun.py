@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain import launch, prepare
+from hpctrain.comm.allreduce import choose, measured
 from hpctrain.config import Config
 from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
+from hpctrain.graph import Graph
+from hpctrain.memory import mib
+from hpctrain.planner.plan import Plan
+from hpctrain.planner.replicas import ranks, replica_groups
+from hpctrain.precision import TYPES
 
 
 def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bool) -> int:
@@ -39,6 +45,8 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
     print(f"# memory by the plan: {prepare.most_memory(alone, graph, plan)}")
+    for line in summed(alone, graph, plan):
+        print(wrapped(line, "# "))
     if plan_out is not None:
         write_atomic(plan_out, plan.to_json().encode())
         print(f"# plan written to {plan_out}")
@@ -46,3 +54,17 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     if as_json:
         print_json("train", layers)
     return 0
+
+
+def summed(config: Config, graph: Graph, plan: Plan) -> list[str]:
+    """How each group of ranks will sum its gradients, one line each; where they will run is not known yet."""
+    table = measured.load(measured.default_path())
+    lines = []
+    for group, nbytes in replica_groups(graph, plan, TYPES[config.train.precision]).items():
+        name = plan.algorithm(group)
+        if name is None:
+            found = choose.choose(nbytes, [0] * ranks(group), table, choose.free())
+            name = f"{found.name} if they share a host ({found.why})"
+        partition, axes = group
+        lines.append(f"{mib(nbytes)} of gradients of {partition}, summed along {', '.join(axes)}: {name}")
+    return lines

@@ -31,5 +31,15 @@ class LaunchError(HpctrainError):
     """The processes were not started as the config needs; the message gives the command to use."""
 
 
+class SharedMemoryError(HpctrainError):
+    """A host has too little memory that ranks can share; the message names what it was for, and the sizes."""
+
+
 class NumericsError(HpctrainError):
     """A loss or sample is not finite; the message names step and sample ids."""
+
+
+class DivergedError(HpctrainError):
+    """Ranks are about to do different things together; the message names which rank does what."""
+
+    exit_status = 70

@@ -15,6 +15,8 @@ from hpctrain.comm import allreduce
 from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
 from hpctrain.comm.link import Link
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import waiting
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Phase
@@ -63,7 +65,6 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._allreduce = allreduce.get(plan.allreduce)
         self._links: dict[Group, Link] = {}
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
@@ -81,6 +82,7 @@ class Executor:
         completed = last_steps(self.schedule.units, self.parameters)
         self.steps = [self._bind(unit, found, completed[unit.name]) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
+        self._waits = {group: self._wait(group) for group in self._links}
 
     # --- one batch -------------------------------------------------------------------------------------------------
 
@@ -167,7 +169,9 @@ class Executor:
     def _sum_gradients(self, group: Group) -> None:
         begin = perf_counter()
         if group in self._links:
-            self._allreduce.sum(self._links[group], self.parameters.groups[group].partials)
+            algorithm = allreduce.get(self.plan.algorithm(group) or "ring")
+            with self._waits[group]:
+                algorithm.sum(self._links[group], self.parameters.groups[group].partials)
         self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
@@ -230,6 +234,16 @@ class Executor:
         if partition not in self._grids:
             self._grids[partition] = ProcessGrid(self.comm, partition)
         return self._grids[partition]
+
+    def _wait(self, group: Group) -> Wait:
+        """What a sum of gradients is to the watchdog."""
+        first, *more = dict.fromkeys(
+            p.name.rpartition(".")[0] for p in self.parameters.by_name.values() if p.group == group
+        )
+        layers = f"{first} and {len(more)} more" if more else first
+        return waiting(
+            self._links[group].comm, layers, "gradient allreduce", self.parameters.groups[group].partials.nbytes
+        )
 
     def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
         place = self.layouts[unit.head]

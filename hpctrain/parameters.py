@@ -10,13 +10,11 @@ import numpy as np
 from hpctrain import randomness
 from hpctrain.layers import Weight
 from hpctrain.optim import Block, Shard
-from hpctrain.partition import Box, Partition, Shape, boxes_of_run, extent, volume
+from hpctrain.partition import Box, Shape, boxes_of_run, extent, volume
 from hpctrain.planner.layout import Layout
+from hpctrain.planner.plan import Group as Group
 from hpctrain.precision import exact
 from hpctrain.regions import Distribution
-
-Group = tuple[Partition, tuple[str, ...]]
-"""Partition and replicated axes: ranks that hold the same blocks of the same parameters."""
 
 
 @dataclass(frozen=True)

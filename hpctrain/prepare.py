@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ from hpctrain.partition import Shape
 from hpctrain.planner import memory
 from hpctrain.planner import plan as plans
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.replicas import replica_groups
+from hpctrain.precision import TYPES
 
 
 def replicas(config: Config, ranks: int = 0) -> int:
@@ -107,16 +110,39 @@ def _shapes(tensors: dict[str, tuple[Shape, bool]]) -> str:
     return ", ".join(said) or "none"
 
 
-def make_plan(config: Config, graph: Graph) -> Plan:
-    """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError."""
+def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
+    """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError.
+
+    A run that goes on in the folder `resume` with the same partitions keeps the allreduce algorithms chosen then: its
+    sums are added in the same order.
+    """
     if isinstance(config.plan.grid, str):
         found = plans.load(Path(config.plan.grid))
         try:
             found.check(graph)
+            _require_groups(graph, found)
         except PlanError as error:
             raise PlanError(f"{config.plan.grid}: {error}") from None
-        return replace(found, allreduce=config.plan.allreduce or found.allreduce)
-    return plans.uniform(graph, config.plan.grid.partition, config.plan.allreduce or "ring")
+    else:
+        found = plans.uniform(graph, config.plan.grid.partition)
+    if config.plan.allreduce is not None:
+        return replace(found, allreduce=config.plan.allreduce)
+    kept = resume / "plan.json" if resume is not None else None
+    if found.allreduce is None and kept is not None and kept.is_file():
+        earlier = plans.load(kept)
+        return replace(found, allreduce=earlier.allreduce) if earlier.partitions == found.partitions else found
+    return found
+
+
+def _require_groups(graph: Graph, plan: Plan) -> None:
+    """Raises PlanError where the plan names an allreduce algorithm for ranks that sum nothing together."""
+    if not isinstance(plan.allreduce, Mapping):
+        return
+    groups = [plans.group_name(group) for group in replica_groups(graph, plan, TYPES["float32"])]
+    for name in plan.allreduce:
+        if name not in groups:
+            there = f"choose one of {'; '.join(groups)}" if groups else "no gradients are summed"
+            raise PlanError(f"allreduce of {name!r}: no such group of ranks in this plan; {there}")
 
 
 def needed(config: Config) -> str:

@@ -13,6 +13,7 @@ from hpctrain import checkpoint, runfolder
 from hpctrain.checkpoint.tensors import blocks, fill, owned, restore
 from hpctrain.checkpoint.writer import Block
 from hpctrain.comm.replicas import Replicas
+from hpctrain.comm.watched import watched
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config
 from hpctrain.config_file import config_hash
@@ -69,6 +70,7 @@ class Saver:
     ) -> None:
         self.world, self.config, self.executor, self.console = world, config, executor, console
         self.replicas, self.strategy = replicas, strategy
+        self.comm = watched(world.comm, "checkpoint")
         self.optimizer, self.folder = optimizer, Path(config.run.folder)
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
@@ -83,7 +85,7 @@ class Saver:
         at = common(self.replicas, mine)
         if self.saved == at.step:
             return
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             if not all(np.isfinite(memory.weights).all() for memory in self.executor.parameters.groups.values()):
                 raise NumericsError(
                     f"step {at.step}: weights are not finite, so nothing was saved; resume from the last checkpoint "
@@ -100,9 +102,9 @@ class Saver:
             "replicas": self.replicas.across.allgather({**asdict(mine), "updates": self.optimizer.updates}),
         }
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, at.step, self._blocks(), state, self.world.comm)
+        checkpoint.save(folder, at.step, self._blocks(), state, self.comm)
         self.saved = at.step
-        checkpoint.retain(folder, self.config.checkpoint.keep, self.world.comm)
+        checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
 
     @property
     def _apart(self) -> bool:
@@ -129,13 +131,13 @@ class Saver:
     def restore(self, resume: Path | None) -> Progress:
         """Go on from the newest whole checkpoint of run folder `resume`, or start anew: None, or none saved yet."""
         elsewhere = resume is None or resume.resolve() != self.folder.resolve()
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             if elsewhere:
                 runfolder.refuse_used(self.folder)
         if resume is None:
             return Progress()
         folder = resume / "checkpoints"
-        found, refused = checkpoint.newest(folder, self.world.comm)
+        found, refused = checkpoint.newest(folder, self.comm)
         if self.world.rank == 0:
             for line in refused:
                 self.console.warn(line)
@@ -144,7 +146,7 @@ class Saver:
                 raise CheckpointError(f"{folder}: no usable checkpoint; move it away and train without --resume")
             self.console.note(f"{folder}: no checkpoint yet, starting anew")  # a job script always says --resume
             return Progress()
-        with all_ranks(self.world.comm):
+        with all_ranks(self.comm):
             self._require_same_run(found, resume)
             restore(found, self.tensors)
             same = self._apart and found.state.get("sync") == self._sync()

@@ -12,6 +12,7 @@ import numpy as np
 from hpctrain import announce, backends, memory, optim, prepare, runfolder, sync, usage
 from hpctrain.agreement import Finding, Suspects, Verdict, explain, judge
 from hpctrain.comm.replicas import divide
+from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
     """Train as `config` says; the exit status. `resume` is a run folder to continue. Collective."""
     console = Console(world.rank, config.run.log_every)
+    begin(world.comm, config.run.stall_seconds, config.run.abort_seconds, config.debug.collectives)
     try:
         with memory.explained(lambda: prepare.needed(config)):
             return Trainer(world, config, console, resume).train(json_output)
@@ -47,23 +49,26 @@ class Trainer:
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
-        self.folder = Path(config.run.folder)
-        with all_ranks(world.comm):
+        everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
+        with all_ranks(everybody):
             self.data, self.test = prepare.open_datasets(config)
             copies = prepare.replicas(config, world.size)
             alone = prepare.of_replica(config, copies)
             self.graph = prepare.build_graph(alone, self.data)
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
-            self.plan = prepare.make_plan(alone, self.graph)
+            self.plan = prepare.make_plan(alone, self.graph, resume)
             prepare.require_replicas(config, self.plan, copies, world.size)
             batches = Batches(self.data.samples, config.train.batch, config.train.seed)
         self.replicas = replicas = divide(world.comm, copies)
-        self.comm = replicas.inside
-        with all_ranks(world.comm):
+        self.comm = watched(
+            replicas.inside, "agreement of a replica's ranks" if copies > 1 else "agreement of all ranks"
+        )
+        with all_ranks(everybody):
             batches = replace(batches, stripe=replicas.index, stripes=copies)
             need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank])[self.comm.rank]
             backend = backends.get(config.train.backend, config.train.exact)
-            if config.data.verify:
+        if config.data.verify:
+            with all_ranks(watched(world.comm, "verification of the data", patient=True)):
                 self._verify_data()
         keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank)
         self.usage = usage.Usage(world, need, keeping)
@@ -73,9 +78,10 @@ class Trainer:
         economy = planned.economy(alone, self.graph, self.plan)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
         flat = self.executor.parameters
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, self.comm)
+        comm = watched(self.comm, "optimizer")
+        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
         self.together = Together(world, replicas, config, flat, self.optimizer)
-        with all_ranks(world.comm):
+        with all_ranks(everybody):
             self.feed = Feed(self.data, batches, self.executor)
             self.tests = None if self.test is None else self._test_feed(self.test)
         strategy = self.together.strategy
@@ -83,7 +89,7 @@ class Trainer:
         self.at: Progress = self.saver.restore(resume)
         self.seconds: float = 0.0
         self.rate: float | None = None
-        with all_ranks(world.comm):
+        with all_ranks(everybody):
             if world.rank == 0:
                 runfolder.write(self.folder, config, self.plan, world)
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)

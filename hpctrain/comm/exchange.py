@@ -17,6 +17,7 @@ import numpy as np
 from mpi4py import MPI
 from mpi4py.util import dtlib
 
+from hpctrain.comm.watch import WATCH
 from hpctrain.partition import Box, contains, extent, volume, within
 from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
@@ -69,6 +70,9 @@ class Way:
         """What this rank sends to others at each `start`."""
         self.bytes_sent = 0
         """What this rank has sent so far."""
+        self.peers = tuple(sorted({message.peer for message in (*self._in, *self._out)}))
+        self.wait = WATCH.waiting("", "exchange", self.peers)
+        """What `finish` is to the watchdog; who knows more of it gives it another name."""
 
     def _spec(self, buffer: np.ndarray) -> np.ndarray | list[Any]:
         """`buffer` as MPI takes it: where its elements are too many to be counted, as one element of a large type."""
@@ -103,7 +107,8 @@ class Way:
             self.dst.fill(0)
         for to, source in self._own:
             self._take(to, source)
-        MPI.Request.Waitall(self._requests)
+        with self.wait:
+            MPI.Request.Waitall(self._requests)
         for message in self._in:
             for view, place in message.parts:
                 self._take(view, place)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -83,6 +83,23 @@ class Topology:
                 self.__dict__.pop(name).Free()
 
 
+class Kept(Protocol):
+    """Something of an algorithm that outlives a call."""
+
+    def free(self) -> None:
+        """Release it. Collective."""
+
+
+class Waiting(Protocol):
+    """What a step may wait for besides requests."""
+
+    def test(self) -> bool:
+        """Whether it has come."""
+
+    def wait(self) -> None:
+        """Return when it has."""
+
+
 class Link:
     """Nonblocking messages among the ranks of `comm`, and how many of them this rank has sent.
 
@@ -99,6 +116,8 @@ class Link:
         self._whole: Link | None = None
         self._parts: dict[str, Link] = {}
         self._memory = np.empty(0, np.uint8)
+        self.kept: dict[str, Kept] = {}
+        """What algorithms keep from one call to the next."""
 
     def lane(self, tag: int) -> Link:
         """A link of the same ranks for what runs at the same time: its own tag, scratch and counters."""
@@ -148,7 +167,10 @@ class Link:
         return self._parts[name]
 
     def free(self) -> None:
-        """Release the communicators of `nodes()` and `grid()`, which all lanes share. Collective."""
+        """Release what algorithms keep, and the communicators of `nodes()` and `grid()`. Collective."""
+        for kept in self.kept.values():
+            kept.free()
+        self.kept.clear()
         self._parts.clear()
         self.topology.free()
 
@@ -190,5 +212,5 @@ def flat(steps: Callable[Concatenate[Link, np.ndarray, P], T]) -> Callable[Conca
 
 Requests: TypeAlias = "list[MPI.Request]"
 
-Steps: TypeAlias = Iterator[Requests]
+Steps: TypeAlias = "Iterator[Requests | Waiting]"
 """What an algorithm is: each list of requests must be complete before the next is asked for."""

@@ -15,6 +15,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpctrain.comm.replicas import Replicas
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import others
 
 HEADER = 64
 """Bytes before a vector, so that it starts a cache line; the first 8 are its version."""
@@ -48,6 +50,7 @@ class Vectors:
 
     def __init__(self, replicas: Replicas, size: int, dtype: np.dtype) -> None:
         self.size, self.dtype, self._inside = size, np.dtype(dtype), replicas.inside
+        self._wait = Wait("", "an exchange with other replicas", others(replicas.across))
         self._window = MPI.Win.Allocate(HEADER + size * self.dtype.itemsize, 1, comm=replicas.across)
         self._window.Lock(replicas.across.rank)
         self._window.Put(np.zeros(1, np.int64), replicas.across.rank, 0)
@@ -58,11 +61,12 @@ class Vectors:
     def locked(self, replica: int, shared: bool = False) -> Iterator[None]:
         """Around accesses to the vector of `replica`: nobody else writes it, nor reads it unless `shared`."""
         kind, first = MPI.LOCK_SHARED if shared else MPI.LOCK_EXCLUSIVE, self._inside.rank == 0
-        if not first:
-            self._inside.Barrier()
-        self._window.Lock(replica, kind)  # of the first rank: decides for all
-        if first:
-            self._inside.Barrier()
+        with self._wait:
+            if not first:
+                self._inside.Barrier()
+            self._window.Lock(replica, kind)  # of the first rank: decides for all
+            if first:
+                self._inside.Barrier()
         yield
         self._window.Flush(replica)
         self._inside.Barrier()

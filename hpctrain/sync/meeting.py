@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hpctrain.comm.onesided import Patience, Words
 from hpctrain.comm.replicas import Replicas
+from hpctrain.comm.watch import Wait
+from hpctrain.comm.watched import others
 
 CALLED = 0
 """The word that is not 0 once any replica has asked for a meeting; the others are, by replica, steps and arrivals."""
@@ -21,6 +23,8 @@ class Meeting:
         self.replicas, self.lockstep = replicas, lockstep
         self._words = Words(replicas.across, 1 + 2 * replicas.count) if replicas.inside.rank == 0 else None
         self._arrivals, self._waiting = 0, False
+        # out of step, others may be far behind without being stuck
+        self._wait = Wait("", "a meeting of replicas", others(replicas.across), patient=not lockstep)
 
     def begin(self, step: int) -> None:
         """Say that this replica begins step `step`."""
@@ -41,10 +45,11 @@ class Meeting:
 
         Collective over the replica.
         """
-        found = self._wait(done) if self._words is not None else None
+        with self._wait:
+            found = self._gather(done) if self._words is not None else None
         return bool(self.replicas.inside.bcast(found))
 
-    def _wait(self, done: int) -> bool:
+    def _gather(self, done: int) -> bool:
         if self._words is None:  # not the first rank
             return False
         count, patience = self.replicas.count, Patience()

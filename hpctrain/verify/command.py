@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from hpctrain import backends, memory, prepare
+from hpctrain.comm.watched import begin
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config
 from hpctrain.console import Console, print_json, wrapped
@@ -51,6 +52,7 @@ def run(world: World, config: Config, options: Options) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # there is nothing to save: no need to wait for a good moment
     console = Console(world.rank, config.run.log_every)
+    begin(world.comm, config.run.stall_seconds, guarded=config.debug.collectives)  # rank 0 may take as long as it likes
     with all_ranks(world.comm):
         data, _ = prepare.open_datasets(config)
         graph = prepare.build_graph(config, data)

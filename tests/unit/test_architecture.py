@@ -47,7 +47,7 @@ LEVELS = {
         "launch",
         "usage",
     ),
-    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "__main__"),
+    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 

@@ -25,6 +25,7 @@ from hpctrain.comm.allreduce import (
     recursive_doubling,
     ring,
     segmented_ring,
+    shared,
     tree,
     two_dimensional,
 )
@@ -69,6 +70,7 @@ TABLE = {
     "tree": _ours("all to one rank and back", tree),
     "hierarchical": _ours("within hosts, then between them", hierarchical),
     "two_dimensional": _ours("rings along rows and columns", two_dimensional),
+    "shared": _ours("through memory shared by the ranks of a host", shared),
     "mpi": Algorithm("the MPI library's choice", mpi.steps, mpi.cost, None, mpi.blocking),
 }
 

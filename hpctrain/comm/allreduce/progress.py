@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hpctrain.comm.link import Steps
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from hpctrain.comm.link import Requests, Steps, Waiting
 
 
 def run(steps: Steps) -> None:
     """Go through all `steps`, waiting for each."""
+    for pending in steps:
+        _wait(pending)
+
+
+def _wait(pending: Requests | Waiting) -> None:
     from mpi4py import MPI
 
-    for requests in steps:
-        MPI.Request.Waitall(requests)
+    if isinstance(pending, list):
+        MPI.Request.Waitall(pending)
+    else:
+        pending.wait()
+
+
+def _test(pending: Requests | Waiting) -> bool:
+    from mpi4py import MPI
+
+    return MPI.Request.Testall(pending) if isinstance(pending, list) else pending.test()
 
 
 class Running:
@@ -28,20 +36,16 @@ class Running:
     def __init__(self, steps: Steps) -> None:
         """Begin: what can be sent or received at once is."""
         self._steps = steps
-        self._requests: list[MPI.Request] | None = next(steps, None)
+        self._pending: Requests | Waiting | None = next(steps, None)
 
     def poll(self) -> bool:
         """Go on as far as is possible without waiting; whether all is done. Call it often."""
-        from mpi4py import MPI
-
-        while self._requests is not None and MPI.Request.Testall(self._requests):
-            self._requests = next(self._steps, None)
-        return self._requests is None
+        while self._pending is not None and _test(self._pending):
+            self._pending = next(self._steps, None)
+        return self._pending is None
 
     def wait(self) -> None:
         """Go on to the end. Others that run at the same time stand still meanwhile, on this rank."""
-        from mpi4py import MPI
-
-        while self._requests is not None:
-            MPI.Request.Waitall(self._requests)
-            self._requests = next(self._steps, None)
+        while self._pending is not None:
+            _wait(self._pending)
+            self._pending = next(self._steps, None)

@@ -1,0 +1,204 @@
+"""`hpctrain bench allreduce` and `hpctrain calibrate`: what sums of gradients take on these ranks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from hpctrain.comm import allreduce
+from hpctrain.comm.allreduce import choose, measure, measured
+from hpctrain.comm.allreduce.choose import Surroundings
+from hpctrain.comm.allreduce.measured import Level, Measured, Table, numbered
+from hpctrain.comm.link import Link
+from hpctrain.comm.world import World, all_ranks
+from hpctrain.console import Console, print_json
+from hpctrain.data.files import write_atomic
+from hpctrain.errors import ConfigError
+from hpctrain.precision import TYPES
+
+SIZES = tuple(1024 * 4**i for i in range(9))
+"""1 KiB to 64 MiB."""
+
+QUICK = (1024, 1 << 16)
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+PEER = "mpi"
+
+
+class Options(NamedTuple):
+    """What a command asks for; None leaves it to this module."""
+
+    sizes: tuple[int, ...] = SIZES
+    algorithms: tuple[str, ...] | None = None
+    rounds: int | None = None
+    dtype: str = "float32"
+    json: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Options:
+        """Those of a command line. Raises ConfigError or PlanError where a size or name is none."""
+        sizes = tuple(size(text) for text in args.sizes.split(",")) if args.sizes else QUICK if args.quick else SIZES
+        named = getattr(args, "algorithms", None)
+        algorithms = tuple(dict.fromkeys(named.split(","))) if named else None
+        for name in algorithms or ():
+            allreduce.get(name)
+        rounds = args.repeat or (3 if args.quick else None)
+        return cls(sizes, algorithms, rounds, getattr(args, "dtype", "float32"), args.json)
+
+
+def size(text: str) -> int:
+    """Bytes of "64K", "1M" or "1000". Raises ConfigError on another form."""
+    found = re.fullmatch(r"([1-9][0-9]*)([KMG]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"--sizes {text}: give bytes, with K, M or G for 2**10, 2**20, 2**30: 64K,1M,16M")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def run_allreduce(world: World, options: Options) -> int:
+    """Time the algorithms beside the MPI library's own, and print a table."""
+    console = Console(world.rank)
+    with Ranks(world) as ranks:
+        around = Surroundings.of(world.comm, ranks.hosts, world.library)
+        console.note(f"{ranks}, {world.library}, {options.dtype}; {around.said}")
+        records = []
+        for nbytes in options.sizes:
+            found = ranks.time(nbytes, options)
+            choice = around.choose(nbytes, range(world.size))
+            records += records_of(nbytes, found, world.size, options.dtype, choice.name)
+            console.note(f"\n{_bytes(nbytes)}: {choice.name} would be used ({choice.why})")
+            console.note("\n".join(table(records[-len(found) :])))
+    if options.json and world.rank == 0:
+        print_json("bench allreduce", records)
+    return 0
+
+
+def calibrate(world: World, options: Options, out: Path | None) -> int:
+    """Measure messages and algorithms on these ranks, and write them where the chooser looks."""
+    console, path = Console(world.rank), out or measured.default_path()
+    old = None
+    with all_ranks(world.comm):
+        if world.rank == 0:
+            old = measured.load(path)
+    with Ranks(world) as ranks:
+        console.note(f"{ranks}, {world.library}; to {path}")
+        near, far = measure.levels(ranks.link)
+        console.note("\n".join(_said(what, level) for what, level in (("host", near), ("network", far)) if level))
+        seconds: dict[str, dict[int, float]] = {}
+        for nbytes in options.sizes if world.size > 1 else ():
+            for name, median in ranks.time(nbytes, options).items():
+                seconds.setdefault(name, {})[nbytes] = median
+        tables = (Table(numbered(ranks.hosts), seconds),) if seconds else ()
+        found = Measured(world.library, near, far, tables)
+        room, records = world.comm.allreduce(choose.free()), []
+        for nbytes in options.sizes if seconds else ():
+            choice = choose.choose(nbytes, ranks.hosts, found, room)
+            taken = {name: times[nbytes] for name, times in seconds.items()}
+            ratio = taken[PEER] / choice.seconds
+            console.note(
+                f"{_bytes(nbytes):>10}  {choice.name:<20} {_time(choice.seconds):>10}  {ratio:6.2f} x MPI's own"
+            )
+            records += records_of(nbytes, taken, world.size, options.dtype, choice.name)
+    with all_ranks(world.comm):
+        if world.rank == 0:
+            _write(path, found if old is None else old.updated(found))
+    if options.json and world.rank == 0:
+        print_json("calibrate", records)
+    return 0
+
+
+def _write(path: Path, found: Measured) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error}); give --out a path in a folder of yours") from None
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """All ranks, and their places on hosts. Entering and leaving are collective."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.link = world, Link(world.comm)
+        self.hosts = self.link.topology.hosts
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self.link.free()
+
+    def __str__(self) -> str:
+        count = len(set(self.hosts))
+        return f"{self.world.size} ranks on {count} host{'s' * (count != 1)}"
+
+    def time(self, nbytes: int, options: Options) -> dict[str, float]:
+        """{algorithm: median seconds} for one size. Raises ConfigError where an algorithm cannot run here."""
+        dtype = TYPES[options.dtype]
+        elements = max(1, nbytes // dtype.itemsize)
+        asked = options.algorithms or tuple(choose.candidates(nbytes, self.hosts, choose.free()))
+        names = [PEER, *(name for name in asked if name not in (PEER, "shared"))]
+        sides = measure.messages(self.link, names, np.zeros(elements, dtype))
+        return measure.in_turn(self.world.comm, sides, options.rounds or measure.rounds_for(nbytes))
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def records_of(nbytes: int, seconds: dict[str, float], ranks: int, precision: str, chosen: str) -> list[dict[str, Any]]:
+    """One flat record for each algorithm, fastest first."""
+    peer = seconds[PEER]
+    return [
+        {
+            "algorithm": name,
+            "bytes": nbytes,
+            "ranks": ranks,
+            "precision": precision,
+            "seconds": taken,
+            "peer": PEER,
+            "peer_seconds": peer,
+            "ratio": peer / taken,
+            "bus_bandwidth": 2 * (ranks - 1) / ranks * nbytes / taken,
+            "chosen": name == chosen,
+        }
+        for name, taken in sorted(seconds.items(), key=lambda item: item[1])
+    ]
+
+
+def table(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines for people, of one size."""
+    heading = f"  {'algorithm':<22}{'median':>12}{'bus GB/s':>12}{'x mpi':>10}"
+    rows = [
+        f"{'*' if r['chosen'] else ' '} {r['algorithm']:<22}{_time(r['seconds']):>12}"
+        f"{r['bus_bandwidth'] / 1e9:>12.3f}{r['ratio']:>10.2f}"
+        for r in records
+    ]
+    return [heading, *rows]
+
+
+def _said(what: str, level: Level) -> str:
+    return (
+        f"messages within the {what}: {_time(level.alpha)} each, {1e-9 / level.beta:.2f} GB/s; "
+        f"additions {1e-9 / level.gamma:.2f} GB/s"
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _bytes(nbytes: int) -> str:
+    for unit in ("G", "M", "K"):
+        if nbytes % UNITS[unit] == 0:
+            return f"{nbytes // UNITS[unit]} {unit}iB"
+    return f"{nbytes} bytes"

@@ -1,0 +1,141 @@
+"""Which algorithm a group of ranks should use: by what was measured on this machine, else by the cost formulas.
+
+A pure function of its arguments: ranks that pass the same come to the same choice. Ranks of several hosts may find
+different files or room, so `Surroundings.of` lets the first rank read and all take the smallest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from hpctrain.comm.allreduce import TABLE, measured
+from hpctrain.comm.allreduce.cost import Network
+from hpctrain.comm.allreduce.measured import Level, Measured
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+NODE = Level(alpha=5e-6, beta=2e-10, gamma=1e-10)
+"""Where nothing was measured: messages through memory, with what Python takes for one."""
+
+NETWORK = Level(alpha=6.2e-6, beta=3.9e-11, gamma=1e-10)
+"""Likewise between hosts: InfiniBand of 200 Gbit/s and 1.2 us as published, and Python."""
+
+SLACK = 1.1
+"""How much longer than the MPI library's own, as measured, an algorithm of ours may take."""
+
+UNREPEATED = "MPICH"
+"""The library whose allreduce may add in another order at every call: a run would not repeat its bits."""
+
+SHARED = "/dev/shm"
+"""Where windows lie."""
+
+
+class Choice(NamedTuple):
+    """An algorithm, what it should take, and why it is."""
+
+    name: str
+    seconds: float
+    why: str
+
+
+def choose(nbytes: int, hosts: Sequence[int], table: Measured | None, shared_room: int) -> Choice:
+    """The algorithm for `nbytes` on ranks that lie on these `hosts`, one number each.
+
+    `shared_room`: bytes that a shared window of all these ranks may take on each of their hosts.
+    """
+    if len(hosts) == 1:
+        return Choice("ring", 0.0, "one rank, nothing to sum")
+    where = f"{len(hosts)} ranks on {_hosts(hosts)}"
+    able = candidates(nbytes, hosts, shared_room)
+    known = table.of(hosts) if table is not None else None
+    seconds = {} if known is None else {name: measured.at(found, nbytes) for name, found in known.seconds.items()}
+    if ours := {name: seconds[name] for name in able if name in seconds}:
+        best = min(ours, key=lambda name: (ours[name], name))
+        native = seconds.get("mpi")
+        if native is None or ours[best] <= SLACK * native:
+            return Choice(best, ours[best], f"measured on {where}")
+        if table is not None and not table.library.startswith(UNREPEATED):
+            return Choice("mpi", native, f"measured on {where}: {ours[best] / native:.1f} times faster than {best}")
+        return Choice(best, ours[best], f"measured on {where}; mpi is faster, but need not repeat its bits")
+    priced = {name: price(name, nbytes, hosts, table) for name in able}
+    best = min(priced, key=lambda name: (priced[name], name))
+    return Choice(best, priced[best], f"by formula, nothing measured on {where}")
+
+
+def candidates(nbytes: int, hosts: Sequence[int], shared_room: int) -> list[str]:
+    """Our algorithms that these ranks can use; all of them but the MPI library's."""
+    several = len(set(hosts)) > 1
+    unfit = {
+        "mpi": True,
+        "shared": several or len(hosts) * nbytes > shared_room,
+        "hierarchical": not several or len(set(hosts)) == len(hosts),
+    }
+    return [name for name in TABLE if not unfit.get(name, False)]
+
+
+def price(name: str, nbytes: int, hosts: Sequence[int], table: Measured | None) -> float:
+    """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published."""
+    near = Network(*_level(table.node if table else None, NODE))
+    if len(set(hosts)) == 1:
+        return TABLE[name].cost(len(hosts), nbytes, near)
+    far = _level(table.network if table else None, NETWORK)
+    counts = Counter(hosts).values()
+    if name == "hierarchical":
+        return TABLE[name].cost(len(hosts), nbytes, Network(*far, near, -(-len(hosts) // len(counts))))
+    # what leaves a host at once shares its link; a ring crosses it only where its neighbours are elsewhere
+    crossing = Counter(host for host, after in zip(hosts, [*hosts[1:], hosts[0]], strict=True) if host != after)
+    at_once = max(crossing.values()) if name in ("ring", "segmented_ring") else max(counts)
+    return TABLE[name].cost(len(hosts), nbytes, Network(far[0], far[1] * at_once, far[2]))
+
+
+def _level(found: Level | None, default: Level) -> tuple[float, float, float]:
+    level = found or default
+    return level.alpha, level.beta, level.gamma
+
+
+def _hosts(hosts: Sequence[int]) -> str:
+    count = len(set(hosts))
+    return "1 host" if count == 1 else f"{count} hosts"
+
+
+class Surroundings(NamedTuple):
+    """What `choose` needs to know besides the size; the same on all ranks."""
+
+    hosts: tuple[int, ...]
+    """The host of each rank of the communicator asked for."""
+    table: Measured | None
+    said: str
+    """Which measurements are used, or why none."""
+    room: int
+    """The least memory for windows that is free on any of the hosts, in bytes."""
+
+    @classmethod
+    def of(cls, comm: MPI.Intracomm, hosts: Sequence[int], library: str) -> Surroundings:
+        """Those of `comm`. Collective: rank 0 reads the file for all. Raises ConfigError on all where it is damaged."""
+        from mpi4py import MPI
+
+        from hpctrain.comm.world import all_ranks
+
+        path, found = measured.default_path(), None
+        with all_ranks(comm):
+            if comm.rank == 0:
+                found = measured.load(path)
+        found, said = comm.bcast(measured.usable(found, path, library))
+        return cls(tuple(hosts), found, said, comm.allreduce(free(), MPI.MIN))
+
+    def choose(self, nbytes: int, ranks: Sequence[int]) -> Choice:
+        """The algorithm for these ranks of the communicator."""
+        return choose(nbytes, [self.hosts[rank] for rank in ranks], self.table, self.room)
+
+
+def free() -> int:
+    """Bytes free for windows on this host."""
+    try:
+        found = os.statvfs(SHARED)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
