@@ -83,7 +83,7 @@ def test_nobody_reads_one_half_old_and_one_half_new(comm: Any, inside: int, seed
         read.add((other, found))
     vectors.free()
     replicas.free()
-    assert len(read) > writes / 2
+    assert len(read) > 10  # of its own alone there are about 25
 
 
 @pytest.mark.parallel([2, 3, 4])
