@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import process_time
 from typing import Any
 
@@ -12,8 +12,11 @@ from networks import CASES
 
 from hpctrain import backends, memory, optim
 from hpctrain.comm import world
+from hpctrain.comm.allreduce.choose import Choice, Surroundings
+from hpctrain.comm.link import Topology
 from hpctrain.config import Optim
 from hpctrain.executor import Executor
+from hpctrain.gradients import Summing
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input, Phase
 from hpctrain.layers.loss import LOSS, WEIGHT
@@ -28,13 +31,26 @@ LEAN = Economy(fuse=True, reuse=True)
 """As a run has it."""
 
 
+def chooser(comm: Any) -> Callable[[int, Sequence[int]], Choice]:
+    """What a run asks for the allreduce of a group. Collective."""
+    return Surroundings.of(comm, Topology(comm).hosts, world.library()[0]).choose
+
+
 class Ours:
     """`graph` on one grid for all layers; a batch of random numbers, the same for every grid, copied in every step."""
 
-    def __init__(self, graph: Graph, comm: Any, grid: Partition | None = None, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        comm: Any,
+        grid: Partition | None = None,
+        precision: str = "float32",
+        summing: Summing | None = None,
+    ) -> None:
         plan, backend = uniform(graph, grid or Partition()), backends.get("native")
         self.comm, self.batch = comm, graph["x"].shape[0]
-        self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN)
+        how = summing or Summing(choose=chooser(comm))
+        self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN, summing=how)
         flat = self.executor.parameters
         self.optimizer = optim.TABLE[OPTIM.name](flat.blocks(), flat.shards(), backend, OPTIM, comm)
         self.given = {name: values[self.executor.box(name)] for name, values in random_batch(graph).items()}

@@ -9,6 +9,7 @@ from hpctrain.comm.replicas import Replicas
 from hpctrain.comm.world import STOPPED, World
 from hpctrain.config import Config
 from hpctrain.console import Console, wrapped
+from hpctrain.optim import schedule
 from hpctrain.planner.plan import Plan
 from hpctrain.usage import Usage
 
@@ -23,6 +24,8 @@ def run(
     copies = f"{replicas.count} replicas ({config.sync.strategy}), " if replicas.count > 1 else ""
     summed = f", {plan.allreduce} allreduce" if isinstance(plan.allreduce, str) else ""
     console.note(wrapped(f"{ranks}, {copies}{what}{summed}; {backend}"))
+    if rate := schedule.describe(config.optim, config.train.batch):
+        console.note(wrapped(rate))
     console.note(usage.heading())
     if short := usage.warning():
         console.warn(short)

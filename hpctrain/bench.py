@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from hpctrain.comm import allreduce
 from hpctrain.comm.allreduce import choose, measure, measured
 from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.allreduce.measured import Level, Measured, Table, numbered
+from hpctrain.comm.allreduce.shared import FLAGS
 from hpctrain.comm.link import Link
+from hpctrain.comm.shared import Window
 from hpctrain.comm.world import World, all_ranks
-from hpctrain.console import Console, print_json
+from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.files import write_atomic
 from hpctrain.errors import ConfigError
 from hpctrain.precision import TYPES
@@ -30,6 +31,9 @@ QUICK = (1024, 1 << 16)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 PEER = "mpi"
+
+COPIED = "shared, copied"
+"""Through a window, of buffers that lie elsewhere."""
 
 
 class Options(NamedTuple):
@@ -66,13 +70,13 @@ def run_allreduce(world: World, options: Options) -> int:
     console = Console(world.rank)
     with Ranks(world) as ranks:
         around = Surroundings.of(world.comm, ranks.hosts, world.library)
-        console.note(f"{ranks}, {world.library}, {options.dtype}; {around.said}")
+        console.note(wrapped(f"{ranks}, {world.library}, {options.dtype}; {around.said}"))
         records = []
         for nbytes in options.sizes:
             found = ranks.time(nbytes, options)
             choice = around.choose(nbytes, range(world.size))
             records += records_of(nbytes, found, world.size, options.dtype, choice.name)
-            console.note(f"\n{_bytes(nbytes)}: {choice.name} would be used ({choice.why})")
+            console.note(f"\n{_bytes(nbytes)}: {choice.why}")
             console.note("\n".join(table(records[-len(found) :])))
     if options.json and world.rank == 0:
         print_json("bench allreduce", records)
@@ -96,14 +100,12 @@ def calibrate(world: World, options: Options, out: Path | None) -> int:
                 seconds.setdefault(name, {})[nbytes] = median
         tables = (Table(numbered(ranks.hosts), seconds),) if seconds else ()
         found = Measured(world.library, near, far, tables)
-        room, records = world.comm.allreduce(choose.free()), []
+        room, records = choose.least_room(world.comm), []
         for nbytes in options.sizes if seconds else ():
-            choice = choose.choose(nbytes, ranks.hosts, found, room)
             taken = {name: times[nbytes] for name, times in seconds.items()}
+            choice = choose.choose(nbytes, ranks.hosts, found, room)
             ratio = taken[PEER] / choice.seconds
-            console.note(
-                f"{_bytes(nbytes):>10}  {choice.name:<20} {_time(choice.seconds):>10}  {ratio:6.2f} x MPI's own"
-            )
+            console.note(f"{_bytes(nbytes):>10}  {choice.name:<20}{_time(choice.seconds):>10}{ratio:8.2f} x mpi")
             records += records_of(nbytes, taken, world.size, options.dtype, choice.name)
     with all_ranks(world.comm):
         if world.rank == 0:
@@ -118,7 +120,7 @@ def _write(path: Path, found: Measured) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); give --out a path in a folder of yours") from None
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    write_atomic(path, measured.encode(found))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -146,10 +148,25 @@ class Ranks:
         """{algorithm: median seconds} for one size. Raises ConfigError where an algorithm cannot run here."""
         dtype = TYPES[options.dtype]
         elements = max(1, nbytes // dtype.itemsize)
-        asked = options.algorithms or tuple(choose.candidates(nbytes, self.hosts, choose.free()))
-        names = [PEER, *(name for name in asked if name not in (PEER, "shared"))]
-        sides = measure.messages(self.link, names, np.zeros(elements, dtype))
-        return measure.in_turn(self.world.comm, sides, options.rounds or measure.rounds_for(nbytes))
+        room = choose.least_room(self.world.comm) // 2  # a window for each of two ways
+        able = choose.candidates(nbytes, self.hosts, room)
+        asked = list(options.algorithms or able)
+        sides = [*self._private([PEER, *asked], elements, dtype)]
+        window = None
+        if "shared" in asked and len(set(self.hosts)) == 1:
+            window = Window(self.world.comm, elements * dtype.itemsize, FLAGS, f"bench of {nbytes} bytes")
+            sides.append(measure.in_window(window, elements, dtype))
+        found = measure.in_turn(self.world.comm, sides, options.rounds or measure.rounds_for(nbytes))
+        sides.clear()
+        if window is not None:
+            window.free()
+        return found
+
+    def _private(self, names: Iterable[str], elements: int, dtype: np.dtype) -> Iterator[measure.Side]:
+        """Sums of a buffer that only this rank sees."""
+        buffer = np.zeros(elements, dtype)
+        for side in measure.messages(self.link, dict.fromkeys(names), buffer):
+            yield side._replace(name=COPIED) if side.name == "shared" else side
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hpctrain.comm.watched import watched, world_ranks
 from hpctrain.graph import Graph
 from hpctrain.layers import Loss, Op, Place
 from hpctrain.layers.base import Tail
-from hpctrain.parameters import Group, Parameters, Tensor, initial
+from hpctrain.parameters import Tensor, initial
 from hpctrain.partition import AXES, Partition, extent, volume
 from hpctrain.planner.arena import ALIGNMENT, Buffers, View
 from hpctrain.planner.layout import Edge, Layout
@@ -53,8 +53,6 @@ class Step:
     """This rank's block of the output."""
     masked: Array | None
     """Where the output's gradient is copied to, for an op that changes it, if all gradients have to stay."""
-    groups: tuple[Group, ...]
-    """Replica groups whose gradients are complete once this step's backward has run."""
 
 
 _EDGE, _PARTIAL = ("forward exchange", "backward exchange"), ("gradient of partial sums", "sum of partial sums")
@@ -118,16 +116,6 @@ def statistics(place: Layout, rank: int, dtype: np.dtype, seed: int) -> list[Ten
         array[...] = initial(declared[name], name, box, seed)
         found.append(Tensor(f"{place.node.name}.{name}", dist, box, array))
     return found
-
-
-def last_steps(units: tuple[Unit, ...], parameters: Parameters) -> dict[str, tuple[Group, ...]]:
-    """{unit: replica groups that its backward completes}: the first unit that uses a group is the last in backward."""
-    order = {name: i for i, unit in enumerate(units) for name in unit.names}
-    last: dict[Group, int] = {}
-    for name, parameter in parameters.by_name.items():
-        i = order[name.rpartition(".")[0]]
-        last[parameter.group] = min(i, last.get(parameter.group, i))
-    return {unit.name: tuple(group for group, at in last.items() if at == i) for i, unit in enumerate(units)}
 
 
 def bind_op(

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from hpctrain.comm.world import World
 
 STATUSES = (
-    "exit status: 0 good, 1 verify found a difference, 2 bad input, 3 lost a rank (where hpctrain can still say so; "
-    "mpirun itself gives 128 + signal), 70 a bug: please report, 75 stopped on purpose and resumable"
+    "exit status: 0 good, 1 verify found a difference, 2 bad input, 3 lost a rank, or waited too long for one (where "
+    "hpctrain can still say so; mpirun itself gives 128 + signal), 70 a bug: please report, 75 stopped on purpose and "
+    "resumable"
 )
 
 

@@ -104,7 +104,8 @@ class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: Literal["sgd", "adam", "lars", "lamb"] = "sgd"
     lr: Positive
     scale_lr: Literal["none", "linear"] = "none"
-    """linear: `lr` is that of `base_batch` samples, and is multiplied by train.batch / base_batch."""
+    """linear: `lr` is that of `base_batch` samples, and is multiplied by train.batch / base_batch. Warm-up then begins
+    at `lr`; else it begins near 0."""
     base_batch: Count = 256
     """scale_lr = linear."""
     clip_norm: NotNegative = 0.0
@@ -128,6 +129,10 @@ class Optim(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """lars: how long a step of a parameter is beside its norm, at lr = 1 and without momentum."""
     schedule: Schedule = Schedule()
 
+    def full_lr(self, batch: int) -> float:
+        """The rate at the end of warm-up for batches of so many samples: Goyal et al. 2017, section 2.1, if linear."""
+        return self.lr * batch / self.base_batch if self.scale_lr == "linear" else self.lr
+
 
 class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How long, how large, how exact."""
@@ -136,7 +141,12 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     batch: Count
     """Samples of a step, over all ranks. What does not fill an epoch's last one is left out; evaluation pads it."""
     accumulate: Count = 1
-    """The batch is computed in so many parts, one after the other, and their gradients are added before the update."""
+    """The batch is computed in so many equal parts, one after the other, and their gradients added before the update.
+
+    A part's gradient is that of its mean loss over the number of parts: that of the whole batch, where all parts weigh
+    the same. Labels that count for nothing and class weights can make them differ, and batch norm has the statistics
+    of a part.
+    """
     seed: Whole = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16: tensors between layers and the weights that these use; sums, gradients, updates and losses are float32."""
@@ -151,6 +161,11 @@ class Train(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Stop after so many steps, whatever `epochs` says."""
     eval_every: Count = 1
     """Epochs between evaluations."""
+
+    @property
+    def part(self) -> int:
+        """Samples that the network computes at a time."""
+        return self.batch // self.accumulate
 
 
 class Sync(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

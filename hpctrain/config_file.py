@@ -145,8 +145,10 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("optim", "schedule", "milestones"), "expected epochs in ascending order, each once")
     if schedule.warmup_epochs > train.epochs:
         yield Problem(("optim", "schedule", "warmup_epochs"), f"longer than the run; train.epochs is {train.epochs}")
-    if schedule.final_lr > optim.lr:
-        yield Problem(("optim", "schedule", "final_lr"), f"above optim.lr, which is {optim.lr}; rates only fall")
+    if schedule.final_lr > (full := optim.full_lr(train.batch)):
+        scaled = "" if full == optim.lr else f", scaled to {full:g} by train.batch / optim.base_batch"
+        text = f"above optim.lr, which is {optim.lr}{scaled}; rates only fall"
+        yield Problem(("optim", "schedule", "final_lr"), text)
     if train.exact and train.backend != "native":
         yield Problem(("train", "exact"), f"has no effect with backend {train.backend!r}; it belongs to native")
     if config.sync.strategy == "backup" and train.nonfinite == "skip":
@@ -160,9 +162,12 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("run", "abort_seconds"), text)
     if train.batch % train.accumulate:
         yield Problem(("train", "accumulate"), f"train.batch ({train.batch}) does not divide into so many equal parts")
-    if isinstance(grid, Grid) and grid.batch > train.batch:
-        text = f"more blocks than train.batch has samples ({train.batch}); lower the grid or raise the batch"
-        yield Problem(("plan", "grid", "batch"), text)
+    elif isinstance(grid, Grid) and grid.batch > train.part:
+        has, remedy = f"train.batch has samples ({train.batch})", "lower the grid or raise the batch"
+        if train.accumulate > 1:
+            has = f"train.batch / train.accumulate has samples ({train.batch} / {train.accumulate})"
+            remedy += ", or accumulate in fewer parts"
+        yield Problem(("plan", "grid", "batch"), f"more blocks than {has}; {remedy}")
 
 
 def _without_effect(

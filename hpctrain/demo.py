@@ -69,7 +69,7 @@ def run(name: str, folder: Path, ranks: int, epochs: int | None, quick: bool) ->
     if status == 0:
         print(_what_next(config, data, run_folder, ranks))
     elif status in (LOST_RANK, STOPPED):
-        what = "stopped" if status == STOPPED else "error: a rank died"
+        what = "stopped" if status == STOPPED else "error: a rank died, or was waited for too long"
         resume = launch.command_line(ranks, ["train", "--resume", str(run_folder)])
         print(f"hpctrain: {what}; to go on from the last checkpoint:\n{resume}", file=sys.stderr)
     return status

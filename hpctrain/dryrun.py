@@ -8,12 +8,14 @@ from typing import Any
 
 from hpctrain import launch, prepare
 from hpctrain.comm.allreduce import choose, measured
+from hpctrain.comm.shared import room
 from hpctrain.config import Config
 from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
 from hpctrain.graph import Graph
 from hpctrain.memory import mib
+from hpctrain.optim import schedule
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.replicas import ranks, replica_groups
 from hpctrain.precision import TYPES
@@ -44,6 +46,8 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     for layer in layers:
         name, shape = layer["layer"], " x ".join(map(str, layer["shape"]))
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
+    if rate := schedule.describe(config.optim, config.train.batch):
+        print(wrapped(rate, "# "))
     print(f"# memory by the plan: {prepare.most_memory(alone, graph, plan)}")
     for line in summed(alone, graph, plan):
         print(wrapped(line, "# "))
@@ -63,7 +67,7 @@ def summed(config: Config, graph: Graph, plan: Plan) -> list[str]:
     for group, nbytes in replica_groups(graph, plan, TYPES[config.train.precision]).items():
         name = plan.algorithm(group)
         if name is None:
-            found = choose.choose(nbytes, [0] * ranks(group), table, choose.free())
+            found = choose.choose(nbytes, [0] * ranks(group), table, room())
             name = f"{found.name} if they share a host ({found.why})"
         partition, axes = group
         lines.append(f"{mib(nbytes)} of gradients of {partition}, summed along {', '.join(axes)}: {name}")

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpctrain.backends.base import Array, Backend
-from hpctrain.binding import Arena, Step, bind_op, exchanges, last_steps, statistics
-from hpctrain.comm import allreduce
+from hpctrain.binding import Arena, Step, bind_op, exchanges, statistics
 from hpctrain.comm.exchange import Way
 from hpctrain.comm.grid import ProcessGrid
-from hpctrain.comm.link import Link
-from hpctrain.comm.watch import Wait
-from hpctrain.comm.watched import waiting
 from hpctrain.errors import BackendUnavailable, PlanError
+from hpctrain.gradients import Gradients, Summing
 from hpctrain.graph import Graph
 from hpctrain.layers import Phase
-from hpctrain.parameters import Group, Parameters, Tensor
+from hpctrain.parameters import Group, Parameters, Tensor, sorted_by_group
 from hpctrain.partition import Box, Partition
 from hpctrain.planner.arena import Buffers
 from hpctrain.planner.buffers import buffers
@@ -34,6 +31,9 @@ if TYPE_CHECKING:
 
 
 TRAINING = Phase()
+
+PLAIN = Summing()
+"""By the ring where the plan says nothing else."""
 
 
 class Executor:
@@ -52,6 +52,7 @@ class Executor:
         dtype: str = "float32",
         seed: int = 0,
         economy: Economy = KEEP,
+        summing: Summing = PLAIN,
     ) -> None:
         plan.check(graph)
         if plan.ranks > comm.size:
@@ -65,12 +66,13 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._links: dict[Group, Link] = {}
         self._grids: dict[Partition, ProcessGrid] = {}
         self.layouts = layouts(graph, plan)
         self._differentiable, self._losses = differentiable(graph), graph.losses
         self.schedule = schedule(graph, self.layouts, economy)
-        self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed)
+        units, declared = [unit.names for unit in self.schedule.units], sorted_by_group(self.layouts.values())
+        self.gradients = Gradients(self.comm, plan, declared, units, exact(self.dtype), summing, self._replicas, seed)
+        self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed, self.gradients.allocate)
         self.state = [
             t for place in self.layouts.values() for t in statistics(place, self.rank, exact(self.dtype), seed)
         ]
@@ -79,10 +81,8 @@ class Executor:
         self.arena = Arena(found, backend, self.dtype)
         self.exchanges = exchanges(self.comm, graph, moved, found, self.arena)
         self._results = {name: self.arena.array(view) for name, view in found.results.items()}
-        completed = last_steps(self.schedule.units, self.parameters)
-        self.steps = [self._bind(unit, found, completed[unit.name]) for unit in self.schedule.units]
+        self.steps = [self._bind(unit, found) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
-        self._waits = {group: self._wait(group) for group in self._links}
 
     # --- one batch -------------------------------------------------------------------------------------------------
 
@@ -93,6 +93,7 @@ class Executor:
     def forward(self, phase: Phase = TRAINING) -> dict[str, Array]:
         """Run all layers; returns this rank's rows (n, 4) of each loss layer's output."""
         self._phase = phase
+        self.updated()
         for group, copies in self.parameters.narrow.items():
             self.backend.narrow(self.parameters.groups[group].weights, copies)
         for step in self.steps:
@@ -110,21 +111,37 @@ class Executor:
         if step.sum_partials is not None:
             np.copyto(step.result, self._transfer(step.sum_partials))
 
-    def backward(self, dloss: Mapping[str, Array]) -> None:
+    def backward(self, dloss: Mapping[str, Array], first: bool = True, last: bool = True) -> None:
         """Fill `gradient` of each parameter with the sum over the global batch of d(total)/d(weight).
 
-        `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows.
+        `dloss` has per loss layer the gradient of the total with respect to `forward`'s rows. Where a batch comes in
+        several parts, `first` and `last` say which this one is; `gradient` is that of all parts after the last one.
         """
+        if first:
+            begin = perf_counter()
+            self.gradients.begin()
+            self.seconds["allreduce"] += perf_counter() - begin
         phase = replace(self._phase, again=True)
         for again, i in self.schedule.backward():
             step = self.steps[i]
             if not again:
                 self._backward_step(step, dloss)
+                begin = perf_counter()
+                self.gradients.completed(i, phase.step, first, last)
+                self.seconds["allreduce"] += perf_counter() - begin
             elif i in self.schedule.again:
                 self._forward_step(step, phase)
             else:  # its output is still there; what it reads may not be
                 for edge in step.inputs:
                     self._transfer(edge.fwd)
+        if last:
+            begin = perf_counter()
+            self.gradients.finish()
+            self.seconds["allreduce"] += perf_counter() - begin
+
+    def updated(self) -> None:
+        """After an update, and before others than `forward` read weights: all ranks get what they hold. Collective."""
+        self.gradients.publish()
 
     def _backward_step(self, step: Step, dloss: Mapping[str, Array]) -> None:
         dy = None
@@ -132,8 +149,6 @@ class Executor:
             dy = dloss[step.name] if step.name in dloss else self._output_gradient(step)
         if dy is not None:
             self._send_back(step, dy)
-        for group in step.groups:
-            self._sum_gradients(group)
 
     def _send_back(self, step: Step, dy: Array) -> None:
         """Gradients of what a step reads, from that of its output, and of its weights."""
@@ -165,14 +180,6 @@ class Executor:
         for other in found[1:]:
             self.backend.add(found[0], other, found[0])
         return found[0] if found else None
-
-    def _sum_gradients(self, group: Group) -> None:
-        begin = perf_counter()
-        if group in self._links:
-            algorithm = allreduce.get(self.plan.algorithm(group) or "ring")
-            with self._waits[group]:
-                algorithm.sum(self._links[group], self.parameters.groups[group].partials)
-        self.seconds["allreduce"] += perf_counter() - begin
 
     def _transfer(self, way: Way) -> Array:
         begin = perf_counter()
@@ -221,8 +228,7 @@ class Executor:
         """Release MPI resources. Collective."""
         for exchange in self.exchanges.values():
             exchange.free()
-        for link in self._links.values():
-            link.free()
+        self.gradients.free()
         for grid in self._grids.values():
             grid.free()
         self.comm.Free()
@@ -235,26 +241,17 @@ class Executor:
             self._grids[partition] = ProcessGrid(self.comm, partition)
         return self._grids[partition]
 
-    def _wait(self, group: Group) -> Wait:
-        """What a sum of gradients is to the watchdog."""
-        first, *more = dict.fromkeys(
-            p.name.rpartition(".")[0] for p in self.parameters.by_name.values() if p.group == group
-        )
-        layers = f"{first} and {len(more)} more" if more else first
-        return waiting(
-            self._links[group].comm, layers, "gradient allreduce", self.parameters.groups[group].partials.nbytes
-        )
+    def _replicas(self, group: Group) -> MPI.Intracomm | None:
+        """The ranks that hold what this one holds of a group's parameters; None if that is nothing. Collective."""
+        partition, axes = group
+        return self._grid(partition).sub(axes)
 
-    def _bind(self, unit: Unit, found: Buffers, groups: tuple[Group, ...]) -> Step:
+    def _bind(self, unit: Unit, found: Buffers) -> Step:
         place = self.layouts[unit.head]
         mine = {n: self.parameters.by_name[f"{unit.head}.{n}"] for n in place.weights}
         owned = {t.name.rpartition("."): t.array for t in self.state}
         running = {name: array for (layer, _, name), array in owned.items() if layer == unit.head}
         op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grid)
-        for partition, replicated in groups:  # collective: all grids are made now, in the same order on all ranks
-            comm = self._grid(partition).sub(replicated) if replicated else None
-            if comm is not None:
-                self._links[partition, replicated] = Link(comm)
         partial = self.exchanges.get((unit.head, None))
         consumers = ((node.name, slot) for node, slot in self.graph.consumers(unit.name))
         return Step(
@@ -270,5 +267,4 @@ class Executor:
             gradients={name: p.partial for name, p in mine.items()},
             result=self._results[unit.name],
             masked=self.arena.array(found.masked[unit.name]) if unit.name in found.masked else None,
-            groups=groups,
         )

@@ -72,7 +72,7 @@ def explained(need: Callable[[], str]) -> Iterator[None]:
         raise PlanError(
             f"out of memory{f', within {limit.limit}' if limit else ''}: by the plan {need()}, besides Python, MPI and "
             "the batch that is read; cut more (a larger plan.grid on more ranks: axes of positions cut activations, "
-            "channel cuts weights), make train.batch smaller, or raise the limit"
+            "channel cuts weights), make train.accumulate larger or train.batch smaller, or raise the limit"
         ) from error
 
 

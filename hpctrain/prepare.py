@@ -40,10 +40,11 @@ def replicas(config: Config, ranks: int = 0) -> int:
 
 def of_replica(config: Config, count: int) -> Config:
     """The config as one of `count` replicas sees it: with a batch of its own. Raises ConfigError where that fails."""
-    batch, spare = config.train.batch, config.sync.spare
-    if batch % count:
+    batch, parts, spare = config.train.batch, config.train.accumulate, config.sync.spare
+    if batch % (count * parts):
+        among = f"{count} replicas" + (f" of {parts} parts (train.accumulate)" if parts > 1 else "")
         raise ConfigError(
-            f"train.batch = {batch} does not divide among {count} replicas; give a multiple of {count}, or set "
+            f"train.batch = {batch} does not divide among {among}; give a multiple of {count * parts}, or set "
             "sync.replicas"
         )
     if spare >= count:
@@ -78,13 +79,19 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     return train, test
 
 
+def verify(train: Dataset, test: Dataset | None, rank: int, ranks: int) -> None:
+    """Compare the hashes of all data, each rank those of some shards. Raises DataError."""
+    for data in filter(None, (train, test)):
+        data.verify(range(rank, len(data.shards), ranks))
+
+
 def build_graph(config: Config, data: Dataset) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
     labels = data.classes is not None
     positions = data.y_shape if labels else ()
     sample = models.Sample(data.x_shape, data.classes, prod(data.y_shape), positions, data.ignore)
     try:
-        graph = models.build(config.model.name, config.train.batch, sample, config.model.options)
+        graph = models.build(config.model.name, config.train.part, sample, config.model.options)
     except PlanError as error:
         raise PlanError(f"{data.folder}: samples of {data.x_shape} do not fit {config.model.name}: {error}") from None
     _require_inputs(graph, config, data)
@@ -96,7 +103,7 @@ def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
     if not isinstance(graph, Graph):
         raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")
     found = {node.name: (node.shape, node.layer.integer) for node in graph if isinstance(node.layer, Input)}
-    batch = config.train.batch
+    batch = config.train.part
     expected = {"x": ((batch, *data.x_shape), False), "y": ((batch, *data.y_shape), data.classes is not None)}
     if found != expected:
         raise ConfigError(

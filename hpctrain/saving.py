@@ -24,7 +24,8 @@ from hpctrain.metrics import Totals
 from hpctrain.optim import Optimizer
 from hpctrain.optim.base import state_like
 from hpctrain.parameters import Tensor
-from hpctrain.sync import Strategy, average
+from hpctrain.sync import average
+from hpctrain.together import Together
 
 
 @dataclass
@@ -61,21 +62,20 @@ class Saver:
         self,
         world: World,
         config: Config,
-        replicas: Replicas,
         executor: Executor,
         optimizer: Optimizer,
-        strategy: Strategy,
+        together: Together,
         data_uuid: str,
         console: Console,
     ) -> None:
         self.world, self.config, self.executor, self.console = world, config, executor, console
-        self.replicas, self.strategy = replicas, strategy
+        self.replicas, self.strategy, self._apart = together.replicas, together.strategy, together.apart
         self.comm = watched(world.comm, "checkpoint")
         self.optimizer, self.folder = optimizer, Path(config.run.folder)
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
         self.tensors: list[Tensor] = [*executor.tensors(), *kept]
-        self.own = owned(self.tensors, f"replica{replicas.index}") if self._apart else []
+        self.own = owned(self.tensors, f"replica{self.replicas.index}") if self._apart else []
         self.identity = {"config": config_hash(config), "data": data_uuid}
         self.saved: int | None = None
         """The step of the last checkpoint in the run folder."""
@@ -105,10 +105,6 @@ class Saver:
         checkpoint.save(folder, at.step, self._blocks(), state, self.comm)
         self.saved = at.step
         checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
-
-    @property
-    def _apart(self) -> bool:
-        return self.config.sync.strategy != "allreduce"
 
     def _blocks(self) -> list[Block]:
         """What this rank writes: its share of the means, in replica 0, and of what its replica has."""

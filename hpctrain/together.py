@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 from hpctrain import sync
-from hpctrain.agreement import Verdict
 from hpctrain.comm.replicas import Replicas
 from hpctrain.comm.world import World, agree
 from hpctrain.config import Config
 from hpctrain.errors import HpctrainError
+from hpctrain.executor import Executor
 from hpctrain.metrics import Totals
 from hpctrain.optim import Optimizer
-
-if TYPE_CHECKING:
-    from hpctrain.parameters import Parameters
+from hpctrain.verdict import Verdict
 
 
 class Together:
     """Replicas that agree in every step are one: nothing here communicates then."""
 
     def __init__(
-        self, world: World, replicas: Replicas, config: Config, parameters: Parameters, optimizer: Optimizer
+        self, world: World, replicas: Replicas, config: Config, executor: Executor, optimizer: Optimizer
     ) -> None:
         """Collective over all ranks; all replicas have the same weights."""
-        self.world, self.replicas, self.optimizer = world, replicas, optimizer
-        held = sync.held(parameters, list(optimizer.state.values()))
+        self.world, self.replicas, self.executor, self.optimizer = world, replicas, executor, optimizer
+        held = sync.held(executor.parameters, list(optimizer.state.values()))
         self.strategy = sync.make(replicas, held, config.sync, config.train.seed)
         self.apart = config.sync.strategy != "allreduce"
         """Whether replicas only meet at times."""
@@ -69,6 +66,9 @@ class Together:
         done = self.strategy.update(step, move) - step
         self.seconds += perf_counter() - begin - moving
         self.optimizer.updates += done - moved  # those that others have made
+        if self.apart:
+            self.executor.gradients.changed()
+        self.executor.updated()
         return done
 
     def stop_asked(self) -> bool:

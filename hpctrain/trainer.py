@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from math import isfinite, sqrt
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain import announce, backends, memory, optim, prepare, runfolder, sync, usage
-from hpctrain.agreement import Finding, Suspects, Verdict, explain, judge
+from hpctrain import announce, backends, memory, optim, prepare, runfolder, summation, sync, usage
 from hpctrain.comm.replicas import divide
 from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
-from hpctrain.console import Console, print_json
+from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.order import Batches
 from hpctrain.errors import NumericsError
@@ -24,10 +24,12 @@ from hpctrain.feed import Feed
 from hpctrain.layers import Loss, Phase
 from hpctrain.layers.loss import LOSS
 from hpctrain.metrics import MetricsFile, Totals
-from hpctrain.optim.schedule import learning_rate
+from hpctrain.optim import schedule
+from hpctrain.optim.clip import clip_factor
 from hpctrain.planner import memory as planned
 from hpctrain.saving import Progress, Saver, common
 from hpctrain.together import Together
+from hpctrain.verdict import LOWER, Suspects, Verdict, blame, judge
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -49,8 +51,8 @@ class Trainer:
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
-        everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
-        with all_ranks(everybody):
+        self.everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
+        with all_ranks(self.everybody):
             self.data, self.test = prepare.open_datasets(config)
             copies = prepare.replicas(config, world.size)
             alone = prepare.of_replica(config, copies)
@@ -58,40 +60,41 @@ class Trainer:
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
             self.plan = prepare.make_plan(alone, self.graph, resume)
             prepare.require_replicas(config, self.plan, copies, world.size)
-            batches = Batches(self.data.samples, config.train.batch, config.train.seed)
-        self.replicas = replicas = divide(world.comm, copies)
-        self.comm = watched(
-            replicas.inside, "agreement of a replica's ranks" if copies > 1 else "agreement of all ranks"
-        )
-        with all_ranks(everybody):
-            batches = replace(batches, stripe=replicas.index, stripes=copies)
+            self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
+        self.replicas = divide(world.comm, copies)
+        self.comm = watched(self.replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
+        with all_ranks(self.everybody):
             need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank])[self.comm.rank]
             backend = backends.get(config.train.backend, config.train.exact)
         if config.data.verify:
             with all_ranks(watched(world.comm, "verification of the data", patient=True)):
-                self._verify_data()
+                prepare.verify(self.data, self.test, world.rank, world.size)
         keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank)
         self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
-        announce.run(console, world, config, replicas, self.plan, backend.describe(), self.usage)
+        announce.run(console, world, config, self.replicas, self.plan, backend.describe(), self.usage)
         precision, seed = config.train.precision, config.train.seed
         economy = planned.economy(alone, self.graph, self.plan)
-        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy)
-        flat = self.executor.parameters
+        around = summation.surroundings(self.comm, world.library)
+        how = summation.summing(config, around, self.batches.steps * copies)
+        self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy, how)
+        summation.require_worthwhile(config, self.executor, around)
+        for line in summation.notes(self.executor):
+            console.note(wrapped(line))
+        flat, rules = self.executor.parameters, summation.optimizer_config(config)
         comm = watched(self.comm, "optimizer")
-        self.optimizer = optim.TABLE[config.optim.name](flat.blocks(), flat.shards(), backend, config.optim, comm)
-        self.together = Together(world, replicas, config, flat, self.optimizer)
-        with all_ranks(everybody):
-            self.feed = Feed(self.data, batches, self.executor)
+        self.optimizer = optim.TABLE[rules.name](flat.blocks(), flat.shards(), backend, rules, comm)
+        self.together = Together(world, self.replicas, config, self.executor, self.optimizer)
+        with all_ranks(self.everybody):
+            self.feed = self._feed(self.data, self.batches)
             self.tests = None if self.test is None else self._test_feed(self.test)
-        strategy = self.together.strategy
-        self.saver = Saver(world, config, replicas, self.executor, self.optimizer, strategy, self.data.uuid, console)
+        self.saver = Saver(world, config, self.executor, self.optimizer, self.together, self.data.uuid, console)
         self.at: Progress = self.saver.restore(resume)
         self.seconds: float = 0.0
         self.rate: float | None = None
-        with all_ranks(everybody):
+        with all_ranks(self.everybody):
             if world.rank == 0:
-                runfolder.write(self.folder, config, self.plan, world)
+                runfolder.write(self.folder, config, summation.recorded(self.plan, self.executor), world)
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -99,14 +102,14 @@ class Trainer:
     def train(self, json_output: bool = False) -> int:
         """Train to the end, or until asked to stop; the exit status. The last checkpoint is of the last step."""
         records: list[dict[str, Any]] = []
-        while self.at.position == self.feed.batches.steps or (
+        while self.at.position == self.batches.steps or (
             self.at.epoch < self.config.train.epochs and not self._enough()
         ):
             if self._train_epoch():
                 self._save()
                 announce.stopped(self.console, self.world, self.folder, self.at.step)
                 return STOPPED
-            records.append(self._finish_epoch() if self.at.position == self.feed.batches.steps else self._report("end"))
+            records.append(self._finish_epoch() if self.at.position == self.batches.steps else self._report("end"))
         self._save()
         if records:
             records[-1] |= self._report_memory()
@@ -117,7 +120,7 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
-        steps = self.feed.batches.steps
+        steps = self.batches.steps
         begin, first, self.phases = perf_counter(), self.at.step, self._phases()
         self.seconds, self.rate = 0.0, None
         with self.console.progress(steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
@@ -125,10 +128,8 @@ class Trainer:
             while self.at.position < steps and not self._enough():
                 stop = self.step()
                 self._time(begin, first)
-                bar.advance(
-                    self.at.position - bar.done,
-                    f"loss {self.at.totals.means(self.losses)['loss']:.4f}  {self.rate:.0f} samples/s",
-                )
+                loss = self.at.totals.means(self.losses)["loss"]
+                bar.advance(self.at.position - bar.done, f"loss {loss:.4f}  {self.rate:.0f} samples/s")
                 due = self._due(self.config.checkpoint.every_steps, self.at.step) and self.at.position < steps
                 if (stop or due) and self._meet():
                     return True
@@ -149,46 +150,79 @@ class Trainer:
 
         Of replicas that do not agree in every step: whether they are called to a meeting, and nothing is raised.
         """
-        epoch, position, steps = self.at.epoch, self.at.position, self.feed.batches.steps
-        lr = learning_rate(self.config.optim, self.at.step, steps, self.config.train.epochs * steps)
+        epoch, position, steps, train = self.at.epoch, self.at.position, self.batches.steps, self.config.train
+        lr = schedule.learning_rate(self.config.optim, train.batch, self.at.step, steps, train.epochs * steps)
         verdict = self.together.gradients(self.at.step, self._gradients)
+        if verdict.finite:
+            self.at.totals.add(verdict.totals)
         done = self.together.update(self.at.step, lr, verdict.finite)
         self.at.step += done
         self.at.position += done
-        if self.world.rank == 0 and verdict.totals.samples:
+        if self.world.rank == 0 and verdict.totals.sums:
             fields = verdict.totals.means(self.losses) | {"lr": lr}
-            digest = runfolder.digest(self.feed.batches.whole.ids(epoch, position)[0])
+            if verdict.gradient_norm is not None:
+                fields["gradient_norm"] = verdict.gradient_norm
+            digest = runfolder.digest(self.batches.ids(epoch, position)[0])
             self.metrics.write("step", step=self.at.step, epoch=epoch, **fields, samples=digest)
         return verdict.stop
 
     def _gradients(self) -> Verdict:
-        """A step of this replica as far as its gradients. Raises what any rank of it met, on all of these."""
-        epoch, position = self.at.epoch, self.at.position
+        """The step as far as gradients, ready for the update: the sum of those of equal parts of the batch."""
         if self.world.rank == self.config.debug.delay_rank:
             sleep(self.config.debug.delay_seconds)
         skipping = self.config.train.nonfinite == "skip"
         running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
-        error = self.feed.fill(epoch, position)
-        step = self.at.step * self.replicas.count + self.replicas.index  # replicas draw different dropout
-        rows = self.executor.forward(Phase(training=True, step=step))
-        weights = self.feed.weights(epoch, position)
-        suspects = self.feed.suspects(epoch, position, rows) if error is None else ([], [])
-        verdict = self._judge(self.comm, Finding(self.feed.sums(rows, weights), error, suspects))
-        if verdict.finite:
-            shares = verdict.totals.shares(self.losses)
-            gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
-            for name, gradient in gradients.items():
-                gradient[:, LOSS] = weights[name] * shares[name] * self.config.train.loss_scale
-            self.executor.backward(gradients)
-            if self.config.train.loss_scale != 1:
-                for memory in self.executor.parameters.groups.values():
-                    memory.sums[...] /= self.config.train.loss_scale
-            self.at.totals.add(verdict.totals)
-        else:
-            self._not_finite(self.comm, f"step {self.at.step + 1} (epoch {epoch + 1})", self.feed, suspects)
+        totals, stop = Totals(), False
+        for part in range(self.config.train.accumulate):
+            verdict = self._part(part)
+            totals.add(verdict.totals)
+            stop = stop or verdict.stop
+            if not verdict.finite:
+                break
+        norm = self._scale_gradients() if verdict.finite else None
+        finite = verdict.finite and (norm is None or isfinite(norm))
+        if not finite:
             for tensor, before in zip(self.executor.state, running, strict=True):
                 tensor.array[...] = before
+        return Verdict(totals, finite, stop, norm)
+
+    def _part(self, part: int) -> Verdict:
+        """Forward and, where all is finite, backward of one part of the batch."""
+        epoch, parts = self.at.epoch, self.config.train.accumulate
+        number = self.at.position * parts + part
+        error = self.feed.fill(epoch, number)
+        # replicas draw different dropout
+        step = (self.at.step * parts + part) * self.replicas.count + self.replicas.index
+        rows = self.executor.forward(Phase(training=True, step=step))
+        weights = self.feed.weights(epoch, number)
+        suspects = self.feed.suspects(epoch, number, rows) if error is None else ([], [])
+        verdict = judge(self.comm, self.feed.sums(rows, weights), error, suspects, self.together.stop_asked())
+        if not verdict.finite:
+            self._not_finite(self.comm, self._where(), *blame(self.comm, self.feed, suspects))
+            return verdict
+        shares = verdict.totals.shares(self.losses)
+        gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
+        for name, gradient in gradients.items():
+            gradient[:, LOSS] = weights[name] * (shares[name] * self.config.train.loss_scale / parts)
+        self.executor.backward(gradients, first=part == 0, last=part == parts - 1)
         return verdict
+
+    def _scale_gradients(self) -> float | None:
+        """Undo train.loss_scale, and clip; the norm before the latter, where it is asked for. Collective."""
+        scale, limit, norm = self.config.train.loss_scale, self.config.optim.clip_norm, None
+        factor = 1 / scale
+        if limit:
+            square_sum = self.executor.gradients.square_sum(self.executor.backend) * factor**2
+            factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
+            if not isfinite(norm):
+                remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"
+                self._not_finite(self.comm, self._where(), "the loss is, but not its gradient", remedy)
+        if factor != 1:
+            self.executor.gradients.scale(factor)
+        return norm
+
+    def _where(self) -> str:
+        return f"step {self.at.step + 1} (epoch {self.at.epoch + 1})"
 
     def evaluate(self, feed: Feed) -> Totals:
         """Sums over a whole data set, of which the last batch is padded with samples of weight 0, by the mean of all
@@ -207,9 +241,10 @@ class Trainer:
             if error is None:
                 for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
                     found += more
-        verdict = self._judge(self.world.comm, Finding(totals, error, suspects))
+        verdict = judge(self.everybody, totals, error, suspects, stop=False)
         if not verdict.finite:
-            self._not_finite(self.world.comm, f"evaluation after step {self.at.step}", feed, suspects)
+            why = blame(self.everybody, feed, suspects)
+            self._not_finite(self.everybody, f"evaluation after step {self.at.step}", *why)
         return verdict.totals
 
     def _finish_epoch(self) -> dict[str, Any]:
@@ -252,17 +287,12 @@ class Trainer:
         self.console.note(usage.describe(used))
         return usage.largest(used)
 
-    # --- agreement -------------------------------------------------------------------------------------------------
-
-    def _judge(self, comm: Intracomm, mine: Finding) -> Verdict:
-        return judge(comm, self.losses, mine, self.together.stop_asked())
-
-    def _not_finite(self, comm: Intracomm, where: str, feed: Feed, suspects: Suspects) -> None:
-        """Name the samples behind what is not finite, and stop or go on as the config says. Collective over `comm`."""
-        why, remedy = explain(comm, feed, suspects)
+    def _not_finite(self, comm: Intracomm, where: str, why: str, remedy: str) -> None:
+        """Stop or go on as the config says, all ranks of `comm` alike."""
         if self.config.train.nonfinite == "stop":
             raise NumericsError(f"{where}: not finite: {why}; {remedy}, or with train.nonfinite=skip")
-        self._warn(comm, f"{where}: not finite: {why}; skipped")
+        if comm.rank == 0:
+            self.console.warn(f"{where}: not finite: {why}; skipped")
 
     # --- small things ----------------------------------------------------------------------------------------------
 
@@ -284,9 +314,12 @@ class Trainer:
             self.metrics.flush()
 
     def _test_feed(self, test: Dataset) -> Feed:
-        batches = Batches(test.samples, self.config.train.batch, 0, shuffle=False, drop_last=False)
-        striped = replace(batches, stripe=self.replicas.index, stripes=self.replicas.count)
-        return Feed(test, striped, self.executor)
+        return self._feed(test, Batches(test.samples, self.config.train.part, 0, shuffle=False, drop_last=False))
+
+    def _feed(self, data: Dataset, batches: Batches) -> Feed:
+        """This replica's samples of each part of a batch."""
+        part, stripe = self.config.train.part, self.replicas.index
+        return Feed(data, replace(batches, batch=part, stripe=stripe, stripes=self.replicas.count), self.executor)
 
     @staticmethod
     def _due(every: int, count: int) -> bool:
@@ -295,13 +328,3 @@ class Trainer:
     def _enough(self) -> bool:
         limit = self.config.train.steps
         return limit is not None and self.at.step >= limit
-
-    def _warn(self, comm: Intracomm, text: str) -> None:
-        """A warning that all ranks of `comm` share, said once."""
-        if comm.rank == 0:
-            self.console.warn(text)
-
-    def _verify_data(self) -> None:
-        """Compare the hashes of all data, each rank those of some shards. Raises DataError."""
-        for data in filter(None, (self.data, self.test)):
-            data.verify(range(self.world.rank, len(data.shards), self.world.size))

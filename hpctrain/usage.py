@@ -50,7 +50,7 @@ class Usage:
             return None
         return (
             f"the ranks on {self.world.hostname} need {mib(self.here)} by the plan, but it has {mib(room.nbytes)} "
-            f"({room.limit}): some may be killed; use more hosts, or a smaller train.batch"
+            f"({room.limit}): some may be killed; use more hosts, a larger train.accumulate, or a smaller train.batch"
         )
 
     def ranks(self) -> list[RankMemory]:

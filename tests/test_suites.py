@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import launching
@@ -38,9 +39,14 @@ def marked_ranks(source: str, path: str) -> set[int]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One item of test_suite for each number of ranks in use."""
     if "ranks" in metafunc.fixturenames:
-        files = sorted((TESTS / "mpi").rglob("test_*.py"))
-        found = set().union(*(marked_ranks(path.read_text(), str(path)) for path in files))
-        metafunc.parametrize("ranks", sorted(found))
+        metafunc.parametrize("ranks", sorted(set().union(*ranks_of_files().values())))
+
+
+@cache
+def ranks_of_files() -> dict[Path, set[int]]:
+    """The files of parallel tests, and the numbers of ranks that each is for."""
+    files = sorted((TESTS / "mpi").rglob("test_*.py"))
+    return {path: marked_ranks(path.read_text(), str(path)) for path in files}
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,13 @@ class Suite:
     cases: tuple[str, ...]
 
 
-def run_suite(ranks: int, target: Path, logs: Path, *options: str, timeout: float = TIMEOUT) -> Suite:
-    """The tests in `target` that are for this number of ranks; `logs` is an empty folder."""
+def run_suite(ranks: int, targets: Sequence[Path], logs: Path, *options: str, timeout: float = TIMEOUT) -> Suite:
+    """The tests in `targets` that are for this number of ranks; `logs` is an empty folder."""
     command = [
         *launching.mpirun(ranks),
         *(sys.executable, str(TESTS / "launching.py"), str(logs)),
         *("-q", "-m", "parallel[match]", "-p", "no:cacheprovider", "--color=no", f"--rootdir={TESTS.parent}"),
-        *("-c", str(TESTS.parent / "pyproject.toml"), *options, str(target)),
+        *("-c", str(TESTS.parent / "pyproject.toml"), *options, *map(str, targets)),
     ]
     ended = launching.run(command, timeout, launching.environment(HPCTRAIN_TEST_RANKS=str(ranks)))
     texts = [path.read_text(errors="replace") for rank in range(ranks) if (path := logs / f"rank-{rank}.txt").exists()]
@@ -79,7 +85,8 @@ def test_suite(
 ) -> None:
     slow = ["--slow"] if request.config.option.slow else []
     seed = f"--seed={request.config.option.seed}"
-    suite = run_suite(ranks, TESTS / "mpi", tmp_path, seed, *slow)
+    targets = [path for path, has in ranks_of_files().items() if ranks in has]  # importing the others takes long
+    suite = run_suite(ranks, targets, tmp_path, seed, *slow)
     for line in (suite.closing, *suite.cases):
         record_property("suite", f"{ranks} rank{'s' * (ranks > 1)}: {line}")
     if not suite.good:
@@ -96,7 +103,7 @@ def run_source(
     target, logs = tmp_path / "test_it.py", tmp_path / "logs"
     target.write_text(source)
     logs.mkdir()
-    return run_suite(ranks, target, logs, "-p", "conftest", *options, timeout=timeout)
+    return run_suite(ranks, [target], logs, "-p", "conftest", *options, timeout=timeout)
 
 
 FAILS_ON_RANK_1 = """

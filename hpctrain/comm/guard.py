@@ -7,39 +7,15 @@ different communicators, where collectives would wait for each other for ever.
 
 from __future__ import annotations
 
-import struct
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from mpi4py import MPI
 
-from hpctrain.comm.watch import Wait, ranks
+from hpctrain.comm.divergence import LENGTH, Doing, describe
+from hpctrain.comm.watch import Wait
 from hpctrain.errors import DivergedError
 
 _DOING, _LEFT = 1, 2  # tags: what a rank is about to do; that it will not do it, as somebody diverged
-_TEXT = 240
-_RECORD = struct.Struct(f"<q{_TEXT}s")
-
-
-class Doing(NamedTuple):
-    """What a rank is about to do."""
-
-    text: str
-    nbytes: int
-
-    def pack(self) -> bytes:
-        """As a message of fixed length; a longer text is cut."""
-        return _RECORD.pack(self.nbytes, self.text.encode()[:_TEXT])
-
-    @classmethod
-    def unpack(cls, message: bytes | bytearray) -> Doing:
-        """What `pack` made."""
-        nbytes, text = _RECORD.unpack(message)
-        return cls(text.rstrip(b"\0").decode(errors="replace"), nbytes)
-
-    def __str__(self) -> str:
-        return f"{self.text}, {self.nbytes} B" if self.nbytes else self.text
 
 
 class Guard:
@@ -59,7 +35,7 @@ class Guard:
         """
         mine = Doing(str(wait), wait.nbytes)
         others = [rank for rank in wait.together if rank != self.comm.rank]
-        said = {rank: bytearray(_RECORD.size) for rank in others}
+        said = {rank: bytearray(LENGTH) for rank in others}
         receives = {rank: self.comm.Irecv(said[rank], rank, _DOING) for rank in others}
         message = mine.pack()
         sends = [self.comm.Isend(message, rank, _DOING) for rank in others]
@@ -83,7 +59,7 @@ class Guard:
         """Note who has left."""
         status = MPI.Status()
         while self.comm.Iprobe(MPI.ANY_SOURCE, _LEFT, status):
-            message = bytearray(_RECORD.size)
+            message = bytearray(LENGTH)
             self.comm.Recv(message, status.source, _LEFT)
             self._left[status.source] = Doing.unpack(message)
 
@@ -98,17 +74,3 @@ class Guard:
             self._listen()
             time.sleep(0.0001)
         raise DivergedError(describe(self._left, self.comm.size))
-
-
-def describe(said: Mapping[int, Doing], size: int) -> str:
-    """Who is about to do what, the fewest ranks first; `said` by rank of `size`."""
-    groups: dict[Doing, list[int]] = {}
-    for rank in sorted(said):
-        groups.setdefault(said[rank], []).append(rank)
-    order = sorted(groups.items(), key=lambda item: (len(item[1]), item[1]))
-    lines = ["the ranks do not do the same:"]
-    lines += [f"  {ranks(who)} {'calls' if len(who) == 1 else 'call'} {what}" for what, who in order]
-    if silent := [rank for rank in range(size) if rank not in said]:
-        lines.append(f"  {ranks(silent)} {'does' if len(silent) == 1 else 'do'} not answer")
-    lines.append("look for what depends on the rank, in a layer of your own for instance, or report it")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from hpctrain.partition import near_square
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+MOST_ELEMENTS = 2**31 - 1
+"""Of one message, before MPI 4: counts are C ints."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -116,6 +119,7 @@ class Link:
         self._whole: Link | None = None
         self._parts: dict[str, Link] = {}
         self._memory = np.empty(0, np.uint8)
+        self._types: dict[tuple[int, int], MPI.Datatype] = {}
         self.kept: dict[str, Kept] = {}
         """What algorithms keep from one call to the next."""
 
@@ -137,11 +141,21 @@ class Link:
             link.messages += 1
             link.nbytes += array.nbytes
             link = link._whole
-        return self.comm.Isend(_wire(array), peer, self.tag)
+        return self.comm.Isend(self._wire(array), peer, self.tag)
 
     def recv(self, array: np.ndarray, peer: int) -> MPI.Request:
         """Begin to receive what `peer` sends into the contiguous `array`; nothing where it has no elements."""
-        return self.comm.Irecv(_wire(array), peer, self.tag) if array.size else _nothing()
+        return self.comm.Irecv(self._wire(array), peer, self.tag) if array.size else _nothing()
+
+    def _wire(self, array: np.ndarray) -> np.ndarray | list[Any]:
+        """`array` as MPI takes it, which knows no floats of 16 bits, and does not count beyond MOST_ELEMENTS."""
+        array = array.view(np.uint16) if array.itemsize == 2 else array
+        if array.size <= MOST_ELEMENTS:
+            return array
+        key = array.size, array.itemsize
+        if key not in self._types:
+            self._types[key] = _one_element(*key)
+        return [array.view(np.uint8), 1, self._types[key]]
 
     def scratch(self, size: int, dtype: np.dtype) -> np.ndarray:
         """Memory for `size` elements, uninitialised, kept between calls; the next call hands out the same again."""
@@ -171,6 +185,11 @@ class Link:
         for kept in self.kept.values():
             kept.free()
         self.kept.clear()
+        for datatype in self._types.values():
+            datatype.Free()
+        self._types.clear()
+        for part in self._parts.values():
+            part.free()
         self._parts.clear()
         self.topology.free()
 
@@ -181,9 +200,17 @@ def _nothing() -> MPI.Request:
     return MPI.REQUEST_NULL
 
 
-def _wire(array: np.ndarray) -> np.ndarray:
-    """`array` as MPI takes it, which knows no floats of 16 bits."""
-    return array.view(np.uint16) if array.itemsize == 2 else array
+def _one_element(size: int, itemsize: int) -> MPI.Datatype:
+    """The type of an array of so many elements, of any type of that length."""
+    from mpi4py import MPI
+
+    runs, rest = divmod(size, MOST_ELEMENTS)
+    element = MPI.BYTE.Create_contiguous(itemsize)
+    run = element.Create_contiguous(MOST_ELEMENTS)
+    found = MPI.Datatype.Create_struct([runs, rest], [0, runs * MOST_ELEMENTS * itemsize], [run, element]).Commit()
+    run.Free()
+    element.Free()
+    return found
 
 
 def add(into: np.ndarray, other: np.ndarray) -> None:
@@ -196,7 +223,7 @@ def add(into: np.ndarray, other: np.ndarray) -> None:
 
 
 def flat(steps: Callable[Concatenate[Link, np.ndarray, P], T]) -> Callable[Concatenate[Link, np.ndarray, P], T]:
-    """`steps` that refuses, with ValueError, a buffer that is not a contiguous 1D array."""
+    """`steps` that refuses, with ValueError, a buffer that is not a contiguous 1D array or may not be written."""
 
     @wraps(steps)
     def checked(link: Link, buffer: np.ndarray, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -205,6 +232,8 @@ def flat(steps: Callable[Concatenate[Link, np.ndarray, P], T]) -> Callable[Conca
                 f"an allreduce takes a contiguous 1D array, not one of shape {buffer.shape} and strides "
                 f"{buffer.strides} bytes; give x.reshape(-1) of a contiguous x, or sum a copy"
             )
+        if not buffer.flags.writeable:
+            raise ValueError("an allreduce writes its result to the buffer, which is read-only; give a copy")
         return steps(link, buffer, *args, **kwargs)
 
     return checked

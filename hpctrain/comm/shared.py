@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from mpi4py import MPI
 
 from hpctrain.errors import SharedMemoryError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 try:
     from hpctrain import _native as compiled
@@ -53,6 +55,8 @@ class Window:
 
     def __init__(self, node: MPI.Intracomm, nbytes: int, flags: int, purpose: str) -> None:
         """`nbytes` of this rank, besides so many flags; all ranks give the same number of flags."""
+        from mpi4py import MPI
+
         header = -(-flags * LINE // PAGE) * PAGE
         mine = header + -(-nbytes // PAGE) * PAGE
         need, free = node.allreduce(mine), node.allreduce(room(), MPI.MIN)
@@ -204,10 +208,11 @@ class PythonSharedSum:
             self._waiting = True
         if not self._written.complete(microseconds):
             return False
-        np.copyto(self._total, self._from[0], casting="unsafe")
-        for other in self._from[1:]:
-            np.add(self._total, other, out=self._total, dtype=self._total.dtype, casting="unsafe")
-        np.copyto(self._out, self._total, casting="unsafe")
+        with np.errstate(over="ignore", invalid="ignore"):  # as compiled code does it
+            np.copyto(self._total, self._from[0], casting="unsafe")
+            for other in self._from[1:]:
+                np.add(self._total, other, out=self._total, dtype=self._total.dtype, casting="unsafe")
+            np.copyto(self._out, self._total, casting="unsafe")
         self._waiting, self._added = False, True
         return True
 

@@ -12,10 +12,13 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
 
+from hpctrain.comm.board import Board, Entry
 from hpctrain.comm.launchers import LOST_RANK
 
 WIDTH = 79
@@ -82,8 +85,10 @@ class Watch:
         """Set by the main thread; None while it waits for nobody."""
         self.guard: Callable[[Wait], None] | None = None
         """Compares what ranks do, before they do it."""
+        self.board: Board | None = None
+        """What the other ranks of this host wait for."""
         self.stall_seconds, self.abort_seconds = 60.0, math.inf  # nothing ends before a config says when
-        self._who = "this rank"
+        self._rank, self._host = 0, "this host"
         self._seen: tuple[Wait, float] | None = None
         self._due = 0.0
 
@@ -93,54 +98,96 @@ class Watch:
 
     def start(self, rank: int, hostname: str) -> None:
         """Begin to look, from a thread that ends with the process."""
-        self._who = f"rank {rank} on {hostname}"
+        self._rank, self._host = rank, hostname
         threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    @property
+    def period(self) -> float:
+        """Seconds between two looks."""
+        return min(1.0, self.stall_seconds / 4)
 
     def look(self, now: float) -> tuple[str, bool] | None:
         """(what is to be said at time `now`, whether the job is to end), or None. At stall_seconds, then at twice that
         and so on.
         """
         wait = self.now
-        if wait is None or not wait.peers:
+        if wait is None or not wait.awaited:
+            self._post(None)
             return None
         seen = wait, wait.since
         if seen != self._seen:
             self._seen, self._due = seen, self.stall_seconds
+            self._post(wait)
         waited = now - wait.since
-        if waited >= self.abort_seconds and not wait.patient:
-            return self.message(wait, waited), True
-        if waited < self._due:
+        ending = waited >= self.abort_seconds and not wait.patient
+        if waited < self._due and not ending:
             return None
         while self._due <= waited:
             self._due *= 2
-        return self.message(wait, waited), False
+        found = self._who_for_whom(wait)
+        if found is None:  # another rank says it, unless that fails to
+            if not ending or waited < self.abort_seconds + 3 * self.period:
+                return None
+            found = [self._rank], wait.awaited
+        return self.message(wait, waited, *found), ending
 
-    def message(self, wait: Wait, waited: float) -> str:
-        """What a rank says that has waited so many seconds, in lines of at most WIDTH columns."""
+    def message(self, wait: Wait, waited: float, who: Sequence[int], whom: Sequence[int]) -> str:
+        """That ranks `who` have waited so many seconds for `whom`, in lines of at most WIDTH columns."""
         ending = waited >= self.abort_seconds and not wait.patient
-        text = f"{self._who} has waited {waited:.0f} s for {ranks(wait.awaited)} in {wait}"
+        they = f"{ranks(who)} on {self._host} {'has' if len(who) == 1 else 'have'}"
+        text = f"hpctrain: {'error: ' * ending}{they} waited {waited:.0f} s for {ranks(whom)} in {wait}"
         if ending:
             text += f"; this ends the job (run.abort_seconds = {self.abort_seconds:g})"
-            text += "; a rank that says nothing is one that the others wait for"
         elif self.abort_seconds < math.inf and not wait.patient:
             text += f"; at {self.abort_seconds:g} s the job ends (run.abort_seconds)"
-        return textwrap.fill(f"hpctrain: {'error: ' * ending}{text}", WIDTH, subsequent_indent="  ") + "\n"
+        return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+
+    def _who_for_whom(self, wait: Wait) -> tuple[Sequence[int], Sequence[int]] | None:
+        """The ranks of this host that wait, and for whom; None where another rank of this host is to say it.
+
+        Those in one collective say it once, and leave each other out. Others leave it to those who wait for somebody
+        that does not wait itself, if there are any.
+        """
+        if self.board is None:
+            return [self._rank], wait.awaited
+        waiting = self.board.waiting()
+        if len(wait.peers) + 1 < len(wait.together) or not wait.together:
+            idle = [rank for rank in wait.awaited if rank not in waiting]
+            elsewhere = not idle and len(waiting) < len(self.board.ranks)
+            return None if elsewhere else ([self._rank], idle or wait.awaited)
+        mine = Entry(wait.since, _digest(wait))
+        waiting[self._rank] = mine
+        alike = {rank: entry.since for rank, entry in waiting.items() if entry.digest == mine.digest}
+        if self._rank != min(alike, key=lambda rank: (alike[rank], rank)):
+            return None
+        return list(alike), [rank for rank in wait.awaited if rank not in alike] or wait.awaited
+
+    def _post(self, wait: Wait | None) -> None:
+        if self.board is not None:
+            self.board.post(None if wait is None else Entry(wait.since, _digest(wait)))
 
     def _run(self) -> None:
         while True:
-            time.sleep(min(1.0, self.stall_seconds / 4))
+            time.sleep(self.period)
             found = self.look(time.monotonic())
             if found is None:
                 continue
             text, ending = found
-            os.write(2, text.encode())  # in one piece, as other ranks speak at the same time
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, text.encode())  # in one piece, as other ranks speak at the same time
             if ending:
-                sys.stdout.flush()
+                with suppress(OSError):
+                    sys.stdout.flush()
                 os._exit(LOST_RANK)  # the main thread cannot be reached; the launcher ends the other ranks
 
 
 WATCH = Watch()
 """That of this process."""
+
+
+def _digest(wait: Wait) -> int:
+    """Equal on ranks that wait for the same together, never 0."""
+    return zlib.crc32(f"{wait} {wait.together}".encode()) + 1
 
 
 def ranks(numbers: Sequence[int]) -> str:

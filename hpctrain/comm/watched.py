@@ -36,7 +36,7 @@ class Watched(MPI.Intracomm):
 
     def allreduce(self, sendobj: Any, op: MPI.Op | Callable[[Any, Any], Any] = MPI.SUM) -> Any:
         """In rank order. At first mpi4py's own duplicates the communicator, and holds the interpreter until all do."""
-        with self._wait("allreduce", ()):
+        with self._wait("allreduce", (sendobj,)):
             return reduce(op, super().allgather(sendobj))
 
     def _wait(self, name: str, args: tuple[Any, ...]) -> Wait:

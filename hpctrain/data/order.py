@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -52,11 +52,6 @@ class Batches:
     def size(self) -> int:
         """Samples of one step in this stripe."""
         return self.batch // self.stripes
-
-    @property
-    def whole(self) -> Batches:
-        """All stripes of these batches as one."""
-        return replace(self, stripe=0, stripes=1)
 
     @property
     def steps(self) -> int:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from hpctrain.optim.adam import Adam
 from hpctrain.optim.base import Block, Optimizer, Shard
+from hpctrain.optim.lamb import LAMB
 from hpctrain.optim.lars import LARS
 from hpctrain.optim.sgd import SGD
 
-TABLE: dict[str, type[SGD] | type[Adam] | type[LARS]] = {"sgd": SGD, "adam": Adam, "lars": LARS}
+TABLE: dict[str, type[SGD] | type[Adam] | type[LARS] | type[LAMB]] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "lars": LARS,
+    "lamb": LAMB,
+}
 
-__all__ = ["LARS", "SGD", "TABLE", "Adam", "Block", "Optimizer", "Shard"]
+__all__ = ["LAMB", "LARS", "SGD", "TABLE", "Adam", "Block", "Optimizer", "Shard"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
@@ -19,6 +19,8 @@ class Adam:
     Weight decay is added to the gradient, or with `decoupled_decay` taken off the weights, multiplied by the learning
     rate.
     """
+
+    arrays: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,6 +54,8 @@ class Optimizer(Protocol):
     the network. Without `comm` there is this rank alone.
     """
 
+    arrays: ClassVar[int]
+    """How many numbers it has per weight: its state, and what it computes in."""
     state: dict[str, Floats]
     """1D arrays that a checkpoint must keep, by name: the elements of all shards, one after the other."""
     updates: int

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
 from hpctrain.optim.base import Block, Shard, places, state_like
+from hpctrain.optim.norms import Norms
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,6 +23,8 @@ class LARS:
     with SGD, a rate that falls does not shorten the steps of gradients past.
     """
 
+    arrays: ClassVar[int] = 1
+
     def __init__(
         self,
         blocks: Sequence[Block],
@@ -33,13 +34,10 @@ class LARS:
         comm: MPI.Intracomm | None = None,
     ) -> None:
         self.blocks, self.shards = blocks, shards
-        self.backend, self.config, self.comm = backend, config, comm
+        self.backend, self.config = backend, config
         self.state = {"velocity": state_like(blocks, shards)}
         self.updates = 0
-        scaled = sorted({shard.parameter for shard in shards if shard.decay})
-        self._row = {parameter: row for row, parameter in enumerate(scaled)}
-        self._mine = np.zeros((len(scaled), 2))
-        self._every = np.zeros((1 if comm is None else comm.size, len(scaled), 2))
+        self._norms = Norms(shards, backend, comm)
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`. Collective."""
@@ -51,22 +49,14 @@ class LARS:
                 weights[shard.where],
                 gradients[shard.where],
                 self.state["velocity"][at],
-                lr * ratios[self._row[shard.parameter]] if shard.decay else lr,
+                lr * ratios[shard.parameter] if shard.decay else lr,
                 optim.momentum,
                 optim.weight_decay if shard.decay else 0.0,
             )
 
-    def _trust_ratios(self) -> list[float]:
-        """One per parameter that decays. All ranks get the same bits: they add the same sums in rank order."""
-        self._mine.fill(0)
-        for shard in self.shards:
-            if shard.decay and shard.counted:
-                for j, array in enumerate(self.blocks[shard.block]):
-                    self._mine[self._row[shard.parameter], j] += self.backend.sum_squares(array[shard.where])
-        if self.comm is None:
-            self._every[0] = self._mine
-        else:
-            self.comm.Allgather(self._mine, self._every)
-        norms = np.sqrt(self._every.sum(axis=0)).tolist()
+    def _trust_ratios(self) -> dict[int, float]:
+        """By parameter that decays."""
+        cut = [(self.blocks[shard.block], shard.where) for shard in self.shards]
+        norms = self._norms.of((block.weights[where], block.gradients[where]) for block, where in cut)
         trust, decay = self.config.trust_coefficient, self.config.weight_decay
-        return [trust * w / (g + decay * w) if w > 0 and g > 0 else 1.0 for w, g in norms]
+        return {of: trust * w / (g + decay * w) if w > 0 and g > 0 else 1.0 for of, (w, g) in norms.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class SGD:
     """PyTorch's: weight decay is added to the gradient, and the learning rate multiplies the velocity."""
+
+    arrays: ClassVar[int] = 1
 
     def __init__(
         self,

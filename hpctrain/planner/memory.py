@@ -9,7 +9,6 @@ from math import prod
 import numpy as np
 
 from hpctrain import optim
-from hpctrain.backends.reference import Reference
 from hpctrain.backends.windows import COLUMN_BYTES
 from hpctrain.config import Config
 from hpctrain.graph import Graph
@@ -54,9 +53,9 @@ class Memory:
     """Bytes of one rank. All but `workspace` are exact; Python, MPI and the batch being read come on top."""
 
     parameters: int
-    """Weights and their gradients, and copies of the weights in bf16."""
+    """Weights and their gradients, sums of the gradients of a batch's parts, and copies of the weights in bf16."""
     optimizer: int
-    """What the optimizer keeps per weight."""
+    """What the optimizer keeps per weight, and computes in."""
     statistics: int
     """Running statistics."""
     tensors: int
@@ -94,26 +93,27 @@ def predict(
     optimizer_arrays: int = 1,
     backend: str = "native",
     economy: Economy = KEEP,
+    accumulate: bool = False,
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
-    `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam.
+    `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam, 3 for LAMB.
+    `graph` is for what is computed at a time: where `accumulate`, that is a part of a batch.
     """
     places, dtype = layouts(graph, plan), TYPES[precision]
     moved, order = edges(graph, plan, places), schedule(graph, places, economy)
     found = {}
     for rank in range(plan.ranks) if ranks is None else ranks:
         arrays = buffers(graph, places, moved, order, economy, rank)
-        found[rank] = _of_rank(places, moved, rank, dtype, arrays, optimizer_arrays, backend)
+        found[rank] = _of_rank(places, moved, rank, dtype, arrays, optimizer_arrays, backend, accumulate)
     return found
 
 
 def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
     """`predict` for a run as `config` describes it."""
     train = config.train
-    optimizer = optim.TABLE[config.optim.name]([], [], Reference(), config.optim)
-    saving = economy(config, graph, plan)
-    return predict(graph, plan, ranks, train.precision, len(optimizer.state), train.backend, saving)
+    arrays, saving = optim.TABLE[config.optim.name].arrays, economy(config, graph, plan)
+    return predict(graph, plan, ranks, train.precision, arrays, train.backend, saving, train.accumulate > 1)
 
 
 def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
@@ -148,6 +148,7 @@ def _of_rank(
     arrays: Buffers,
     optimizer_arrays: int,
     backend: str,
+    accumulate: bool,
 ) -> Memory:
     itemsize, full = dtype.itemsize, exact(dtype).itemsize
     blocks = [volume(d.box(rank)) for place in places.values() for d in place.weights.values()]
@@ -164,7 +165,8 @@ def _of_rank(
     weights = sum(blocks) * full
     copies = sum(blocks) * itemsize if itemsize < full else 0
     tensors = arena_bytes(arrays, dtype)
-    return Memory(2 * weights + copies, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
+    held = (3 if accumulate else 2) * weights + copies
+    return Memory(held, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
 
 
 def _message_elements(edge: Edge, rank: int, found: Buffers, views: EdgeViews) -> int:

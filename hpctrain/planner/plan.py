@@ -12,13 +12,16 @@ from typing import Any
 
 import msgspec
 
-from hpctrain.comm.allreduce import TABLE as ALLREDUCES
+from hpctrain.comm.allreduce import LIBRARIES, TABLE
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, names
 
 VERSION = 1
+
+ALLREDUCES = (*TABLE, *LIBRARIES)
+"""What may stand for an allreduce."""
 
 FEW = 6
 """Layers up to which a note names each."""
@@ -64,6 +67,12 @@ class Plan:
         if isinstance(self.allreduce, Mapping):
             return self.allreduce.get(group_name(group))
         return self.allreduce
+
+    def named(self) -> list[str]:
+        """The allreduce algorithms that the plan names."""
+        if isinstance(self.allreduce, Mapping):
+            return list(self.allreduce.values())
+        return [] if self.allreduce is None else [self.allreduce]
 
     def with_choices(self, choices: Mapping[Group, str]) -> Plan:
         """This plan with an algorithm for each group: what a run keeps, so that it goes on with the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from hpctrain.optim.base import runs
 from hpctrain.parameters import Parameters
 from hpctrain.partition import split
 from hpctrain.sync import rules
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 Arrays = Sequence[np.ndarray]
 
@@ -123,8 +126,19 @@ def averaged(replicas: Replicas, arrays: Arrays) -> Iterator[None]:
         yield
         return
     own = pack(arrays)
-    unpack(average(replicas, own), arrays)
+    found = average(replicas, own)
+    with _settled(replicas.inside):
+        unpack(found, arrays)
     try:
         yield
     finally:
-        unpack(own, arrays)
+        with _settled(replicas.inside):
+            unpack(own, arrays)
+
+
+@contextmanager
+def _settled(comm: MPI.Intracomm) -> Iterator[None]:
+    """Around writing to memory that ranks of `comm` may share: before it all have read, after it all have written."""
+    comm.Barrier()
+    yield
+    comm.Barrier()

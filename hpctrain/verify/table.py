@@ -108,7 +108,7 @@ def heading(config: Config, graph: Graph, plan: Plan, ranks: int, steps: int, ch
     )
     return wrapped(
         f"{config.model.name}: {layers} layers by the plan on {ranks} ranks {how} {steps} steps of training on random "
-        f"batches of {config.train.batch}; {config.train.precision}, {config.train.backend}"
+        f"batches of {config.train.part}; {config.train.precision}, {config.train.backend}"
     )
 
 

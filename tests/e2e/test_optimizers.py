@@ -13,6 +13,7 @@ OPTIMIZERS = {
     "adam": ["optim.name=adam", "optim.momentum=0", "optim.lr=0.002"],
     "adamw": ["optim.name=adam", "optim.momentum=0", "optim.lr=0.002", "optim.decoupled_decay=true"],
     "lars": ["optim.name=lars", "optim.lr=0.05", "optim.trust_coefficient=0.2"],
+    "lamb": ["optim.name=lamb", "optim.momentum=0", "optim.lr=0.02"],
 }
 
 

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import runs
 
+from hpctrain import launch
 from hpctrain.data.make.digits import make_digits
 
 pytestmark = pytest.mark.faults
+
+LOST = {3} if launch.find_mpirun()[1] == "Open MPI" else {3, 9, 137}
+"""Status of a job that the watchdog ended: MPICH's mpirun gives that of the ranks that it then killed."""
 
 NET = """
 import os, time
@@ -97,7 +101,7 @@ def test_rank_that_hangs_is_named_and_ends_the_job(digits: Path, tmp_path: Path,
     limits = ["run.stall_seconds=1", "run.abort_seconds=3"]
     ended, seconds = train(digits, tmp_path, 2, "height = 2", *words, *limits)
     said = one_line(ended.stderr)
-    assert ended.status == 3, said
+    assert ended.status in LOST, said
     assert seconds < 60
     for waited in (1, 2):
         warning = rf"^hpctrain: rank 0 on \S+ has waited {waited} s for rank 1 in {operation}; at 3 s the job ends"
@@ -254,14 +258,15 @@ def test_guard_and_watchdog_name_only_those_who_have_not_come(tmp_path: Path) ->
     body = """
 begin(w.comm, 0.5, 30.0, guarded=True)
 if w.rank in (1, 2):
-    time.sleep(1.8)
+    time.sleep(2.8)
 norms.barrier()
 """
     ended = run(tmp_path, body)
     assert ended.status == 0, ended.stderr
     said = one_line(ended.stderr)
-    assert re.search(r"^hpctrain: rank 0 on \S+ has waited \d s for ranks 1, 2 in statistics", said, re.M)
-    assert re.search(r"^hpctrain: rank 3 on \S+ has waited \d s for ranks 1, 2 in statistics", said, re.M)
+    found = re.findall(r"^hpctrain: ranks 0, 3 on \S+ have waited \d s for ranks 1, 2 in statistics", said, re.M)
+    assert found
+    assert len(found) < said.count("hpctrain: ") <= 4
     assert "rank 1 on" not in said
 
 
@@ -285,9 +290,9 @@ if w.rank == 1:
 norms.allreduce(1)
 """
     ended = run(tmp_path, body, ranks=3)
-    assert ended.status == 3, ended.stderr
+    assert ended.status in LOST, ended.stderr
     said = one_line(ended.stderr)
-    assert "for ranks 1, 2 in statistics (allreduce) of norm2; at 2.5 s the job ends" in said
+    assert re.search(r"ranks 0, 2 on \S+ have waited \d s for rank 1 in statistics \(allreduce\) of norm2", said)
     assert "for ranks 0, 2 in end of the program; at 2.5 s the job ends" in said
 
 

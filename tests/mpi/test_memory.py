@@ -32,10 +32,8 @@ def allocated(arrays: list[np.ndarray]) -> int:
 
 
 def held(executor: Executor) -> list[np.ndarray]:
-    """Every array that the executor holds."""
+    """Every array that the executor holds, but for weights and gradients."""
     found = [t.array for t in executor.state]
-    for storage in executor.parameters.groups.values():
-        found += [storage.weights, storage.partials, storage.sums]
     for exchange in executor.exchanges.values():
         for way in exchange.ways:
             messages: list[Message] = [*way._out, *way._in]
@@ -46,7 +44,9 @@ def held(executor: Executor) -> list[np.ndarray]:
 def check(comm: Any, net: Graph, plan: Plan, precision: str) -> None:
     executor = Executor(net, plan, comm, Reference(), precision)
     try:
-        found = allocated(held(executor))
+        found = allocated(held(executor)) + sum(
+            storage.weights.nbytes + storage.partials.nbytes for storage in executor.parameters.groups.values()
+        )
     finally:
         executor.free()
     need = memory.predict(net, plan, [comm.rank], precision)[comm.rank]

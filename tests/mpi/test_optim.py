@@ -12,13 +12,14 @@ from networks import NETWORKS, draw, random_plan, single
 from hpctrain.backends.reference import Reference
 from hpctrain.config import Optim
 from hpctrain.executor import Executor
-from hpctrain.optim import LARS
+from hpctrain.optim import TABLE
 
 OPTIMS = {
     # eps bounds what a gradient that is 0 but for rounding can do: Adam divides it by its own size
     "adam": Optim(name="adam", lr=0.05, eps=1e-3, weight_decay=0.01),
     "adamw": Optim(name="adam", lr=0.05, eps=1e-3, weight_decay=0.01, decoupled_decay=True),
     "lars": Optim(name="lars", lr=0.5, momentum=0.9, weight_decay=0.01, trust_coefficient=0.1),
+    "lamb": Optim(name="lamb", lr=0.05, eps=1e-3, weight_decay=0.01),
 }
 
 
@@ -47,7 +48,10 @@ class Counting:
 
 
 @pytest.mark.parallel([2, 3, 4])
-def test_lars_sends_two_numbers_per_parameter_in_one_message_and_repeats_its_bits(comm: Any, seed: int) -> None:
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_ratios_take_two_numbers_per_parameter_in_one_message_and_repeat_their_bits(
+    comm: Any, name: str, seed: int
+) -> None:
     net = NETWORKS["cosmoflow"]()
     data, plan = draw(net, seed, steps=2), random_plan(np.random.default_rng(seed), net, comm.size)
     found = []
@@ -55,10 +59,10 @@ def test_lars_sends_two_numbers_per_parameter_in_one_message_and_repeats_its_bit
         executor, counting = Executor(net, plan, comm, Reference(), "float64"), Counting(comm)
         load_weights(executor, data)
         flat = executor.parameters
-        lars = LARS(flat.blocks(), flat.shards(), executor.backend, OPTIMS["lars"], counting)  # type: ignore[arg-type]
+        optimizer = TABLE[name](flat.blocks(), flat.shards(), executor.backend, OPTIMS[name], counting)  # type: ignore[arg-type]
         for step in range(2):
             forward_backward(executor, data, step)
-            lars.step(0.1)
+            optimizer.step(0.1)
         assert counting.calls == 2
         assert counting.bytes == 2 * 16 * sum(p.decay for p in flat.by_name.values())
         found.append(flat_weights(executor))

@@ -218,6 +218,25 @@ def test_hash_is_the_same_in_every_process(file: Path) -> None:
         ("lr = 1", "lr = 1\nschedule.gamma = 0.5", 10, ("optim.schedule.gamma = 0.5", "belongs to step")),
         ("lr = 1", 'lr = 1\n[optim.schedule]\nname = "step"\nmilestones = [3, 2]', 12, ("[3, 2]", "ascending")),
         ("lr = 1", "lr = 1\n[optim.schedule]\nwarmup_epochs = 11", 11, ("warmup_epochs = 11", "train.epochs is 10")),
+        (
+            "lr = 1",
+            "lr = 1\n[optim.schedule]\nname = 'cosine'\nfinal_lr = 2",
+            12,
+            ("final_lr = 2", "lr, which is 1.0;"),
+        ),
+        (
+            "lr = 1",
+            "lr = 1\nscale_lr = 'linear'\n[optim.schedule]\nname = 'cosine'\nfinal_lr = 0.5",
+            13,
+            ("final_lr = 0.5", "optim.lr, which is 1.0, scaled to 0.25 by train.batch / optim.base_batch; rates only"),
+        ),
+        ("batch = 64", "batch = 64\naccumulate = 5", 13, ("train.accumulate = 5", "train.batch (64)", "equal parts")),
+        (
+            "batch = 64",
+            "batch = 64\naccumulate = 64",
+            7,
+            ("plan.grid.batch = 2", "train.batch / train.accumulate", "(64 / 64)", "accumulate in fewer parts"),
+        ),
         ("batch = 64", "batch = 64\n[checkpoint]\nkeep = 1", 14, ("checkpoint.keep = 1", "at least 2")),
     ],
 )
@@ -227,6 +246,11 @@ def test_mistake_is_named_with_line_key_value_and_remedy(
     message = refused(changed(file, old, new))
     for words in (f"{file}:{line}: ", *says):
         assert words in message
+
+
+def test_linear_scaling_lets_rates_fall_from_the_scaled_one(file: Path) -> None:
+    given = "lr = 1\nscale_lr = 'linear'\nbase_batch = 16\n[optim.schedule]\nname = 'cosine'\nfinal_lr = 3"
+    assert config_file.load(changed(file, "lr = 1", given)).optim.full_lr(64) == 4.0
 
 
 def test_all_mistakes_are_listed(file: Path) -> None:

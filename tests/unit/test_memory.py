@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from allocations import bound, peak
+from msgspec import structs
 
 from hpctrain import memory as process
 from hpctrain import usage
@@ -66,6 +67,13 @@ def test_one_rank_by_hand() -> None:
     assert need.messages == need.statistics == 0
     assert need.kept == 4 * 2 * 27
     assert need.total == sum((need.parameters, need.optimizer, need.tensors, need.kept, need.workspace))
+
+
+def test_sums_over_the_parts_of_a_batch_are_as_large_as_the_gradients() -> None:
+    net = small()
+    plain, parts = (memory.predict(net, uniform(net, Partition()), [0], accumulate=a)[0] for a in (False, True))
+    assert parts.parameters - plain.parameters == 4 * (3 * 3 * 4 * 3 + 3)
+    assert parts.total - plain.total == parts.parameters - plain.parameters
 
 
 def test_halos_of_two_ranks_by_hand() -> None:
@@ -249,7 +257,7 @@ def test_peaks_are_shown_beside_the_plan() -> None:
     assert usage.largest(ranks) == {"peak_memory_bytes": 208 * 2**20, "predicted_memory_bytes": 100 * 2**20}
 
 
-@pytest.mark.parametrize(("optimizer", "arrays"), [("sgd", 1), ("adam", 2), ("lars", 1)])
+@pytest.mark.parametrize(("optimizer", "arrays"), [("sgd", 1), ("adam", 2), ("lars", 1), ("lamb", 3)])
 def test_of_a_run_takes_precision_and_optimizer_from_the_config(optimizer: Any, arrays: int) -> None:
     net = small()
     plan = uniform(net, Partition())
@@ -263,3 +271,6 @@ def test_of_a_run_takes_precision_and_optimizer_from_the_config(optimizer: Any, 
     lean = Economy(fuse=True, reuse=True)
     expected = memory.predict(net, plan, precision="float64", optimizer_arrays=arrays, economy=lean)
     assert memory.of_run(config, net, plan) == expected
+    in_parts = structs.replace(config, train=structs.replace(config.train, accumulate=2))
+    found, whole = memory.of_run(in_parts, net, plan)[0], expected[0]
+    assert found.parameters == 1.5 * whole.parameters

@@ -10,7 +10,7 @@ import pytest
 from hpctrain.backends.reference import Reference
 from hpctrain.config import Optim, Schedule
 from hpctrain.optim import SGD, TABLE, Block, Shard
-from hpctrain.optim.schedule import learning_rate
+from hpctrain.optim.schedule import describe, learning_rate
 
 GRADIENTS = (F(1), F(-1, 2), F(2))
 """Of three steps."""
@@ -99,7 +99,7 @@ def test_no_weights_is_no_trouble() -> None:
 
 def rates(schedule: Schedule, at: list[int], steps_per_epoch: int = 10, total: int = 100) -> list[float]:
     """Learning rates of the steps `at`, with a rate of 8."""
-    return [learning_rate(Optim(lr=8.0, schedule=schedule), step, steps_per_epoch, total) for step in at]
+    return [learning_rate(Optim(lr=8.0, schedule=schedule), 64, step, steps_per_epoch, total) for step in at]
 
 
 def test_constant_rate() -> None:
@@ -145,3 +145,38 @@ def test_warm_up_as_long_as_the_run_is_no_division_by_zero() -> None:
         found = rates(schedule, [0, 99, 100, 200])
         assert found[:2] == pytest.approx([8 / 101, 8 * 100 / 101])
         assert all(1 <= rate <= 8 for rate in found[2:])
+
+
+# A rate of 8 for 10 samples is one of 32 for 40, and of 20 for 25.
+LINEAR = {"lr": 8.0, "scale_lr": "linear", "base_batch": 10}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "batch", "expected"),
+    [
+        # steps 0, 1, 4, 8, 9 and 12 of 16, warmed up over 8
+        (Schedule(), 40, [32, 32, 32, 32, 32, 32]),
+        (Schedule(warmup_epochs=2), 40, [8, 11, 20, 32, 32, 32]),
+        (Schedule(warmup_epochs=2, name="polynomial"), 40, [8, 11, 20, 32, 28, 16]),
+        (Schedule(warmup_epochs=2, name="polynomial", final_lr=24.0), 40, [8, 11, 20, 32, 31, 28]),
+        (Schedule(warmup_epochs=2, name="step", milestones=(3,), gamma=0.25), 40, [8, 11, 20, 32, 32, 8]),
+        (Schedule(warmup_epochs=2, name="cosine"), 40, [8, 11, 20, 32, None, 16]),
+        (Schedule(warmup_epochs=1.5), 25, [8, 10, 16, 20, 20, 20]),
+        # batches below the base: the rate is smaller from the start, with nothing to warm up to
+        (Schedule(warmup_epochs=2), 5, [4, 4, 4, 4, 4, 4]),
+        (Schedule(warmup_epochs=2), 10, [8, 8, 8, 8, 8, 8]),
+    ],
+)
+def test_linear_scaling_warms_up_from_the_rate_of_the_base(
+    schedule: Schedule, batch: int, expected: list[float | None]
+) -> None:
+    optim = Optim(**LINEAR, schedule=schedule)
+    for step, rate in zip((0, 1, 4, 8, 9, 12), expected, strict=True):
+        assert rate is None or learning_rate(optim, batch, step, 4, 16) == pytest.approx(rate, rel=1e-15), step
+
+
+def test_a_run_says_its_scaled_rate() -> None:
+    assert describe(Optim(lr=8.0), 40) is None
+    assert describe(Optim(**LINEAR), 40) == "learning rate 32: optim.lr = 8 for 10 samples, and batches are of 40"
+    warm = describe(Optim(**LINEAR, schedule=Schedule(warmup_epochs=1)), 25)
+    assert warm == "learning rate 20: optim.lr = 8 for 10 samples, and batches are of 25, warmed up from 8"

@@ -1,15 +1,20 @@
-"""Adam and LARS against PyTorch, against their papers' formulas, and their norms of tensors cut over ranks."""
+"""Adam, LARS and LAMB against PyTorch, against their papers' formulas, and their norms of tensors cut over ranks."""
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+from allocations import peak
 
+from hpctrain import backends
 from hpctrain.backends.base import Backend
 from hpctrain.config import Optim
-from hpctrain.optim import LARS, TABLE, Block, Shard
+from hpctrain.optim import LAMB, LARS, TABLE, Block, Shard
+from hpctrain.optim.clip import clip_factor
 
 SHARDS = [Shard(0, 0, slice(0, 41), True), Shard(1, 0, slice(41, 60), True), Shard(2, 0, slice(60, 67), False)]
 """Three parameters in flat buffers of 67."""
@@ -133,6 +138,94 @@ def test_norms_are_of_global_tensors_with_each_shard_counted_once(backend: Backe
     assert comm.calls == 1
 
 
+# --- LAMB -------------------------------------------------------------------------------------------------------------
+
+
+def test_ten_steps_of_lamb_equal_the_paper(backend: Backend, seed: int) -> None:
+    """Algorithm 2 of You et al. 2020, parameter by parameter; what does not decay takes Adam's step."""
+    beta1, beta2, eps, decay = 0.8, 0.99, 1e-3, 0.05
+    config = Optim(name="lamb", lr=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay)
+    found, _ = trained(backend, config, seed)
+    for shard in SHARDS:
+        x = found[0][shard.where].tolist()
+        m, v = [0.0] * len(x), [0.0] * len(x)
+        for t, lr in enumerate(RATES, 1):
+            g = gradient(seed, t - 1)[shard.where].tolist()
+            m = [a + (1 - beta1) * (b - a) for a, b in zip(m, g, strict=True)]
+            v = [a + (1 - beta2) * (b * b - a) for a, b in zip(v, g, strict=True)]
+            r = [a / (1 - beta1**t) / ((b / (1 - beta2**t)) ** 0.5 + eps) for a, b in zip(m, v, strict=True)]
+            if shard.decay:
+                u = [a + decay * b for a, b in zip(r, x, strict=True)]
+                lr *= math.hypot(*x) / math.hypot(*u)
+            else:
+                u = r
+            x = [a - lr * b for a, b in zip(x, u, strict=True)]
+            np.testing.assert_allclose(found[t][shard.where], x, rtol=1e-11, atol=1e-11)
+
+
+def test_first_step_of_lamb_by_hand(backend: Backend) -> None:
+    """Adam's first direction is the sign of the gradient."""
+    cases = (
+        # |w| = 5 and |u| = 2: steps of 0.5 * 5 / 2
+        (0.0, [1.0, -2.0, 2.0, -4.0], [1e-2, 3.0, -20.0, 1e3], [-0.25, -3.25, 3.25, -5.25]),
+        # u = (1 + 1, -1 + 1, 2 + 0, 1 + 0), so that |w| = sqrt(7) and |u| = 3
+        (1.0, [1.0, -1.0, 2.0, 1.0], [7.0, 5.0, 0.0, 0.0], 0.5 * math.sqrt(7) / 3 * np.array([-2, 0, -2, -1])),
+    )
+    for decay, start, gradients, expected in cases:
+        weights = np.array(start)
+        config = Optim(name="lamb", lr=1.0, eps=1e-15, weight_decay=decay)
+        shards = [Shard(0, 0, slice(0, 4), True)]
+        LAMB([Block(weights, np.array(gradients))], shards, backend, config).step(0.5)
+        np.testing.assert_allclose(weights, expected if decay == 0 else start + expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("zero", ["weights", "gradients"])
+def test_lamb_does_not_get_stuck_at_zero(backend: Backend, zero: str) -> None:
+    weights, gradients = np.ones(4), np.ones(4)
+    {"weights": weights, "gradients": gradients}[zero].fill(0)
+    expected = weights - 0.25 * gradients  # a ratio of 1 times a direction of 1, or a direction of 0
+    config = Optim(name="lamb", lr=1.0, eps=1e-15)
+    LAMB([Block(weights, gradients)], [Shard(0, 0, slice(0, 4), True)], backend, config).step(0.25)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+
+
+def test_norms_of_lamb_are_of_global_tensors_with_each_shard_counted_once(backend: Backend) -> None:
+    """This rank holds two pieces of the first parameter, and of the second a copy that another rank counts."""
+    weights, gradients = np.array([3.0, 0.0, 5.0]), np.array([0.01, -4.0, 12.0])
+    shards = [Shard(0, 0, slice(0, 1), True), Shard(0, 0, slice(1, 2), True), Shard(1, 0, slice(2, 3), True, False)]
+    comm = FakeRanks([np.array([[16.0, 7.0], [25.0, 1.0]])])
+    config = Optim(name="lamb", lr=1.0, eps=1e-15)
+    LAMB([Block(weights, gradients)], shards, backend, config, comm).step(0.3)  # type: ignore[arg-type]
+    # |w| = 5 and |u| = 3, as the other rank has 7 of 9; then 5 and 1
+    np.testing.assert_allclose(weights, [2.5, 0.5, 3.5], rtol=1e-12)
+    assert comm.calls == 1
+
+
+# --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0, 1e9])
+def test_clipping_equals_pytorch(limit: float, seed: int) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is what is compared with: pip install '.[oracle]'")
+    arrays = [np.random.default_rng([seed, size]).normal(size=size) for size in (3, 41, 7)]
+    theirs = [torch.zeros(a.size, requires_grad=True, dtype=torch.float64) for a in arrays]
+    for parameter, a in zip(theirs, arrays, strict=True):
+        parameter.grad = torch.tensor(a)
+    norm = torch.nn.utils.clip_grad_norm_(theirs, limit).item()
+    factor = clip_factor(sum(float(a @ a) for a in arrays), limit)
+    assert norm == pytest.approx(math.hypot(*np.concatenate(arrays)))
+    for parameter, a in zip(theirs, arrays, strict=True):
+        # theirs is longer by 1e-6 in the divisor
+        np.testing.assert_allclose(factor * a, parameter.grad.numpy(), rtol=2e-6)
+    assert (factor == 1.0) == (limit > norm)
+
+
+def test_clipping_leaves_alone_what_is_within_and_what_is_broken() -> None:
+    assert clip_factor(25.0, 2.5) == 0.5
+    assert [clip_factor(square, 5.0) for square in (0.0, 24.9, 25.0)] == [1.0] * 3
+    assert [clip_factor(square, 5.0) for square in (math.nan, math.inf)] == [1.0] * 2
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +254,27 @@ def test_no_weights_is_no_trouble(backend: Backend, name: str) -> None:
     config = Optim(name=name, lr=0.5)  # type: ignore[arg-type]
     TABLE[name]([Block(np.zeros(0), np.zeros(0))], [], backend, config).step(0.5)
     TABLE[name]([Block(np.zeros(0), np.zeros(0))], [Shard(0, 0, slice(0, 0), True)], backend, config).step(0.5)
+
+
+@pytest.mark.skipif(os.environ.get("HPCTRAIN_NATIVE") == "0", reason="installed without compiled kernels")
+@pytest.mark.parametrize("name", TABLE)
+def test_nothing_large_is_allocated_after_the_first_step(name: str) -> None:
+    size, config = 1_000_003, Optim(name=name, lr=0.5, weight_decay=0.1)  # type: ignore[arg-type]
+    block = Block(np.ones(size, np.float32), np.ones(size, np.float32))
+    shards = [Shard(0, 0, slice(0, 900_001), True), Shard(1, 0, slice(900_001, size), False)]
+    optimizer = TABLE[name]([block], shards, backends.get("native"), config)
+    optimizer.step(0.5)
+    assert peak(lambda: optimizer.step(0.5)) < 0.05 * block.weights.nbytes
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_memory_is_what_the_optimizer_says(name: str) -> None:
+    size, config = 100_003, Optim(name=name, lr=0.5)  # type: ignore[arg-type]
+    block = Block(np.ones(size, np.float32), np.ones(size, np.float32))
+    made: list[Any] = []
+    shards = [Shard(0, 0, slice(0, size), True)]
+    found = peak(lambda: made.append(TABLE[name]([block], shards, backends.get("reference"), config)))
+    assert found == pytest.approx(TABLE[name].arrays * block.weights.nbytes, rel=0.1)
 
 
 def test_table_has_what_the_config_takes() -> None:

@@ -20,6 +20,7 @@ from hpctrain.partition import (
     empty,
     extent,
     names,
+    near_square,
     overlap,
     split,
     volume,
@@ -70,6 +71,12 @@ def test_split_gives_balanced_consecutive_blocks_as_numpy_does() -> None:
         assert all(a[1] == b[0] for a, b in pairwise(blocks))
     assert [split(7, 3, i) for i in range(3)] == [(0, 3), (3, 5), (5, 7)]
     assert [split(2, 3, i) for i in range(3)] == [(0, 1), (1, 2), (2, 2)]
+
+
+def test_near_square_is_the_pair_of_factors_that_lie_closest() -> None:
+    for n in range(1, 130):
+        pairs = [(rows, columns) for rows in range(1, n + 1) for columns in range(rows, n + 1) if rows * columns == n]
+        assert near_square(n) == min(pairs, key=lambda pair: pair[1] - pair[0])
 
 
 def test_boxes_are_sets_of_elements(seed: int) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from networks import LAYERS, network, random_plan, sandwich, single, with_partitions
 
+from hpctrain.config import Config, Data, Grid, Model, Optim, Run, Train
+from hpctrain.config import Plan as ConfiguredPlan
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import MSE, Conv, Dense, Flatten, MaxPool
@@ -19,6 +22,8 @@ from hpctrain.partition import AXES, Partition, names
 from hpctrain.planner import plan as plans
 from hpctrain.planner.layout import edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents, uniform
+from hpctrain.planner.replicas import replica_groups
+from hpctrain.prepare import make_plan
 
 
 def digits(batch: int = 8) -> Graph:
@@ -47,6 +52,65 @@ def test_plan_file_is_for_people() -> None:
     assert '\n    "conv1": {\n' in text
 
 
+def test_plan_names_algorithms_for_all_groups_for_each_or_for_none() -> None:
+    cuts = {"conv1": Partition(batch=2, height=2), "fc": Partition(batch=2, channel=2)}
+    conv, dense = (cuts["conv1"], ("batch", "height")), (cuts["fc"], ("batch",))
+    for_all, none = Plan(cuts, "tree"), Plan(cuts)
+    each = for_all.with_choices({conv: "shared", dense: "ring"})
+    assert each.allreduce == {"batch=2 x height=2: batch, height": "shared", "batch=2 x channel=2: batch": "ring"}
+    assert [plan.algorithm(conv) for plan in (for_all, none, each)] == ["tree", None, "shared"]
+    assert each.algorithm((cuts["fc"], ("channel",))) is None
+    for plan in (for_all, none, each):
+        assert Plan.from_json(plan.to_json(), "here") == plan
+        assert json.loads(plan.to_json())["allreduce"] == plan.allreduce
+    without = {key: value for key, value in json.loads(none.to_json()).items() if key != "allreduce"}
+    assert Plan.from_json(json.dumps(without), "here") == none
+
+
+def test_replica_groups_by_hand() -> None:
+    """LeNet on 28 x 28: two convolutions on batch x height, three dense layers cut by channel, whose bias is too."""
+    net, grid, dense = digits(), Partition(batch=2, height=2), Partition(batch=2, channel=2)
+    found = replica_groups(net, uniform(net, grid), np.dtype(np.float32))
+    convolutions = 5 * 5 * 1 * 6 + 6 + 5 * 5 * 6 * 16 + 16
+    # a layer's units are cut in two: 60 of 120, 42 of 84, 5 of 10
+    rest = (400 + 1) * 60 + (120 + 1) * 42 + (84 + 1) * 5
+    assert found == {(grid, ("batch", "height")): 4 * convolutions, (dense, ("batch",)): 4 * rest}
+    assert replica_groups(net, uniform(net, Partition()), np.dtype(np.float32)) == {}
+
+
+def config(grid: Grid | str, allreduce: str | None = None) -> Config:
+    """That of a run."""
+    train, plan = Train(epochs=1, batch=8), ConfiguredPlan(grid=grid, allreduce=allreduce)
+    return Config(
+        model=Model(name="lenet"), data=Data(train="x"), plan=plan, optim=Optim(lr=1), train=train, run=Run(folder="x")
+    )
+
+
+def test_resumed_run_keeps_the_algorithms_that_were_chosen(tmp_path: Path) -> None:
+    net = digits()
+    both = config(Grid(batch=2))
+    first = make_plan(both, net, tmp_path)
+    assert first.allreduce is None
+    ((group, _),) = replica_groups(net, first, np.dtype(np.float32)).items()
+    (tmp_path / "plan.json").write_text(first.with_choices({group: "tree"}).to_json())
+    assert make_plan(both, net, tmp_path).algorithm(group) == "tree"
+    assert make_plan(both, net).allreduce is None
+    assert make_plan(config(Grid(batch=4)), net, tmp_path).allreduce is None, "other partitions, other groups"
+    assert make_plan(config(Grid(batch=2), "mpi"), net, tmp_path).allreduce == "mpi"
+
+
+def test_algorithm_for_ranks_that_are_no_group_is_refused(tmp_path: Path) -> None:
+    net, path = digits(), tmp_path / "plan.json"
+    plan = uniform(net, Partition(batch=2))
+    path.write_text(replace(plan, allreduce={"batch=2: bath": "ring"}).to_json())
+    with pytest.raises(
+        PlanError, match=r"plan.json: allreduce of 'batch=2: bath': no such group .* one of batch=2: batch$"
+    ):
+        make_plan(config(str(path)), net)
+    path.write_text(replace(plan, allreduce={"batch=2: batch": "ring"}).to_json())
+    assert make_plan(config(str(path)), net).allreduce == {"batch=2: batch": "ring"}
+
+
 GOOD = {"version": 1, "allreduce": "ring", "layers": {"conv1": {"batch": 2}}}
 
 
@@ -68,6 +132,8 @@ GOOD = {"version": 1, "allreduce": "ring", "layers": {"conv1": {"batch": 2}}}
         (json.dumps(GOOD | {"layers": {"conv1": {"batch": 2.0}}}), "conv1.*batch = 2.0; give a whole number"),
         (json.dumps(GOOD | {"layers": {"conv1": {"batch": "2"}}}), "conv1.*batch = '2'; give a whole number"),
         ("[" * 100_000, "not a plan"),
+        (json.dumps(GOOD | {"allreduce": {"x": "fast"}}), "allreduce of x = 'fast'; choose one of ring, .*nccl"),
+        (json.dumps(GOOD | {"allreduce": {"x": 1}}), "not a plan"),
         (json.dumps(GOOD | {"allreduce": "fast"}), "allreduce = 'fast'; choose one of ring, .*mpi"),
     ],
     ids=lambda value: value[:70],

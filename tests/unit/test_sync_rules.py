@@ -98,7 +98,6 @@ def test_stripes_cut_every_batch_and_miss_nothing() -> None:
         ids, weights = whole.ids(1, step)
         np.testing.assert_array_equal(np.concatenate([found for found, _ in stripes]), ids)
         np.testing.assert_array_equal(np.concatenate([found for _, found in stripes]), weights)
-    assert Batches(47, 12, 3, stripe=1, stripes=3).whole == Batches(47, 12, 3)
 
 
 def test_what_a_rank_keeps_for_itself_comes_back_or_not_at_all(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ the additions depends on rank and size only, and all ranks end with the same bit
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from hpctrain.comm.allreduce.progress import Running, run
 from hpctrain.comm.link import Link, Steps
 from hpctrain.errors import PlanError
 
-__all__ = ["TABLE", "Algorithm", "Network", "Running", "Sent", "get", "mean", "run"]
+__all__ = ["LIBRARIES", "TABLE", "Algorithm", "Network", "Running", "Sent", "get", "mean", "run"]
 
 
 class Algorithm(NamedTuple):
@@ -75,11 +76,29 @@ TABLE = {
 }
 
 
+def _library(summary: str, name: str) -> Algorithm:
+    """The algorithm of another library: its module is imported when it is used."""
+
+    def steps(link: Link, buffer: np.ndarray) -> Steps:
+        found: Steps = import_module(f"hpctrain.comm.{name}").steps(link, buffer)
+        return found
+
+    return Algorithm(summary, steps, ring.cost, None)
+
+
+LIBRARIES = {
+    "horovod": _library("Horovod's, to compare with", "horovod"),
+    "nccl": _library("NCCL's, between CUDA devices", "nccl"),
+}
+"""Those that need something installed, so that they are never chosen unasked."""
+
+
 def get(name: str) -> Algorithm:
     """The algorithm called `name`. Raises PlanError naming those there are."""
-    if name not in TABLE:
-        raise PlanError(f"allreduce algorithm {name!r} does not exist; choose one of {', '.join(TABLE)}")
-    return TABLE[name]
+    every = TABLE | LIBRARIES
+    if name not in every:
+        raise PlanError(f"allreduce algorithm {name!r} does not exist; choose one of {', '.join(every)}")
+    return every[name]
 
 
 def mean(buffer: np.ndarray, ranks: int) -> None:

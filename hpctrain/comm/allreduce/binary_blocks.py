@@ -8,6 +8,7 @@ of similar sizes, as 8 + 4; worst where one rank faces many, as 8 + 1.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,17 +32,18 @@ def blocks(ranks: int) -> list[tuple[int, int]]:
 class Role(NamedTuple):
     """What a rank does."""
 
-    halves: list[Halves]
-    peers: list[int]
+    halves: tuple[Halves, ...]
+    peers: tuple[int, ...]
     """Within its block, by round."""
     held: Interval
     """What it holds after its block's reduce-scatter."""
     smaller: int | None
     """The rank of the next smaller block that holds this too."""
-    larger: list[tuple[int, Interval]]
+    larger: tuple[tuple[int, Interval], ...]
     """Ranks of the next larger block, and the pieces of it that they hold."""
 
 
+@lru_cache(maxsize=1024)
 def role(ranks: int, rank: int, elements: int) -> Role:
     """The role of `rank`."""
     every = blocks(ranks)
@@ -52,12 +54,12 @@ def role(ranks: int, rank: int, elements: int) -> Role:
     if block + 1 < len(every):
         below, lower = every[block + 1]
         smaller = below + place % 2**lower
-    larger = []
+    larger: tuple[tuple[int, Interval], ...] = ()
     if block > 0:
         above, higher = every[block - 1]
         others = range(place, 2**higher, 2**rounds)
-        larger = [(above + other, window(elements, other, higher)) for other in others]
-    peers = [first + (place ^ 1 << i) for i in range(rounds)]
+        larger = tuple((above + other, window(elements, other, higher)) for other in others)
+    peers = tuple(first + (place ^ 1 << i) for i in range(rounds))
     return Role(halvings(elements, place, rounds), peers, window(elements, place, rounds), smaller, larger)
 
 
@@ -80,32 +82,25 @@ def steps(link: Link, buffer: np.ndarray) -> Steps:
 
 
 def cost(ranks: int, nbytes: float, net: Network) -> float:
-    """Seconds until the last rank is done (derived): blocks halve side by side, then wait for the smaller ones.
+    """Seconds until the last rank is done (derived; with three blocks and more up to a quarter above what it takes).
 
-    A rank of the smaller block sends its pieces, and gets them back, one after the other.
+    Blocks halve side by side, then wait for the smaller ones. A rank of the smaller block sends its pieces, and gets
+    them back, one after the other, while the first ranks of the larger block add theirs.
     """
     rounds = [lg for _, lg in blocks(ranks)]
-    at = 0.0  # when the block that has been looked at last has its sums
+    piece = [net.alpha + nbytes / 2**lg * net.beta for lg in rounds]
+    handing = [2 ** (larger - smaller) * time for larger, smaller, time in zip(rounds, rounds[1:], piece, strict=False)]
+    ready = summed = 0.0  # when the block looked at may take from the smaller one, and when it has the sums
     for i in reversed(range(len(rounds))):
-        halving = rounds[i] * net.alpha + (1 - 2 ** -rounds[i]) * nbytes * (net.beta + net.gamma)
-        if i + 1 == len(rounds):
-            at = halving
-        else:
-            at = (
-                max(at, halving) + _handing(rounds[i], rounds[i + 1], nbytes, net) + nbytes / 2 ** rounds[i] * net.gamma
-            )
-    end = 0.0
+        halved = rounds[i] * net.alpha + (1 - 2 ** -rounds[i]) * nbytes * (net.beta + net.gamma)
+        ready = max(halved, summed)
+        summed = halved if i + 1 == len(rounds) else ready + handing[i] + nbytes / 2 ** rounds[i] * net.gamma
+    end, at = 0.0, summed
     for i, lg in enumerate(rounds):
-        if i > 0:
-            at += _handing(rounds[i - 1], lg, nbytes, net)
-        on = net.alpha + nbytes / 2**lg * net.beta if i + 1 < len(rounds) else 0.0
-        end = max(end, at + on + lg * net.alpha + (1 - 2**-lg) * nbytes * net.beta)
+        if i < len(handing):
+            at = max(ready + 2 * handing[0], summed + piece[0]) if i == 0 else at + handing[i]
+        end = max(end, at + lg * net.alpha + (1 - 2**-lg) * nbytes * net.beta)
     return end
-
-
-def _handing(larger: int, smaller: int, nbytes: float, net: Network) -> float:
-    """Seconds in which a rank of a block of 2**smaller sends what it holds to those of a block of 2**larger."""
-    return 2 ** (larger - smaller) * net.alpha + nbytes / 2**smaller * net.beta
 
 
 def sent(ranks: int, rank: int, elements: int, itemsize: int) -> Sent:

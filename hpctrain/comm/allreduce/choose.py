@@ -6,7 +6,6 @@ different files or room, so `Surroundings.of` lets the first rank read and all t
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hpctrain.comm.allreduce import TABLE, measured
 from hpctrain.comm.allreduce.cost import Network
 from hpctrain.comm.allreduce.measured import Level, Measured
+from hpctrain.comm.shared import room
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,9 +29,6 @@ SLACK = 1.1
 
 UNREPEATED = "MPICH"
 """The library whose allreduce may add in another order at every call: a run would not repeat its bits."""
-
-SHARED = "/dev/shm"
-"""Where windows lie."""
 
 
 class Choice(NamedTuple):
@@ -116,8 +113,6 @@ class Surroundings(NamedTuple):
     @classmethod
     def of(cls, comm: MPI.Intracomm, hosts: Sequence[int], library: str) -> Surroundings:
         """Those of `comm`. Collective: rank 0 reads the file for all. Raises ConfigError on all where it is damaged."""
-        from mpi4py import MPI
-
         from hpctrain.comm.world import all_ranks
 
         path, found = measured.default_path(), None
@@ -125,17 +120,22 @@ class Surroundings(NamedTuple):
             if comm.rank == 0:
                 found = measured.load(path)
         found, said = comm.bcast(measured.usable(found, path, library))
-        return cls(tuple(hosts), found, said, comm.allreduce(free(), MPI.MIN))
+        return cls(tuple(hosts), found, said, least_room(comm))
 
     def choose(self, nbytes: int, ranks: Sequence[int]) -> Choice:
         """The algorithm for these ranks of the communicator."""
         return choose(nbytes, [self.hosts[rank] for rank in ranks], self.table, self.room)
 
+    def network(self, hosts: Sequence[int]) -> Network:
+        """alpha, beta and gamma between ranks on these hosts, as measured, else as published."""
+        if len(set(hosts)) > 1:
+            return Network(*_level(self.table.network if self.table else None, NETWORK))
+        return Network(*_level(self.table.node if self.table else None, NODE))
 
-def free() -> int:
-    """Bytes free for windows on this host."""
-    try:
-        found = os.statvfs(SHARED)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize
+
+def least_room(comm: MPI.Intracomm) -> int:
+    """Bytes that windows may still take on the host that has fewest. Collective."""
+    from mpi4py import MPI
+
+    found: int = comm.allreduce(room(), MPI.MIN)
+    return found

@@ -26,7 +26,7 @@ def halve(window: Interval, bit: int) -> Halves:
     return Halves(high, low) if bit else Halves(low, high)
 
 
-def halvings(elements: int, place: int, rounds: int) -> list[Halves]:
+def halvings(elements: int, place: int, rounds: int) -> tuple[Halves, ...]:
     """What `place` of 2**rounds keeps and gives in each round: bit i of the place says which half in round i.
 
     So the largest halves go to the nearest neighbour, place ^ 1, which often is on the same host.
@@ -36,7 +36,7 @@ def halvings(elements: int, place: int, rounds: int) -> list[Halves]:
     for i in range(rounds):
         found.append(halve(window, place >> i & 1))
         window = found[-1].kept
-    return found
+    return tuple(found)
 
 
 def window(elements: int, place: int, rounds: int) -> Interval:

@@ -8,6 +8,7 @@ buffer each way, where handing all of it to one member costs a whole one (Rabens
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ class Role(NamedTuple):
     place: int
     half: int | None
     """Which half of the buffer it holds of its pair's, 0 or 1; None where it is not paired."""
-    halves: list[Halves]
+    halves: tuple[Halves, ...]
     """Of its place, by round."""
 
     @property
@@ -37,6 +38,7 @@ def surplus(ranks: int) -> int:
     return ranks - 2 ** (ranks.bit_length() - 1)
 
 
+@lru_cache(maxsize=1024)
 def role(ranks: int, rank: int, elements: int) -> Role:
     """The role of `rank`."""
     pairs = surplus(ranks)

@@ -11,7 +11,9 @@ import numpy as np
 
 from hpctrain.comm import allreduce
 from hpctrain.comm.allreduce.measured import Level
+from hpctrain.comm.allreduce.shared import InPlace
 from hpctrain.comm.link import Link, add
+from hpctrain.comm.shared import Window
 from hpctrain.errors import HpctrainError
 
 if TYPE_CHECKING:
@@ -42,6 +44,17 @@ def _in_place(algorithm: allreduce.Algorithm, link: Link, buffer: np.ndarray) ->
     return summed
 
 
+def in_window(window: Window, size: int, dtype: np.dtype) -> Side:
+    """The sum of what all ranks of a host write into a window, read where it is made. Takes its first flags."""
+    found = InPlace(window, 0, size, dtype, window.meeting(0), window.meeting(1))
+
+    def summed() -> np.ndarray:
+        found.sum()
+        return found.sums
+
+    return Side("shared", window.array(window.node.rank, 0, size, dtype), summed)
+
+
 def in_turn(comm: MPI.Intracomm, sides: Sequence[Side], rounds: int) -> dict[str, float]:
     """{side: median over `rounds` of the seconds until its last rank could read the sum}. Collective.
 
@@ -60,7 +73,8 @@ def in_turn(comm: MPI.Intracomm, sides: Sequence[Side], rounds: int) -> dict[str
             result = side.sum()
             taken[at, i] = perf_counter() - begin
             if at == 0 and not bool(np.all(result == total)):
-                raise HpctrainError(f"{side.name}: ranks 1 to {comm.size} do not sum to {total}; please report")
+                raise HpctrainError(f"{side.name}: 1 to {comm.size} do not sum to {total}; please report")
+            comm.Barrier()  # nobody writes while another still reads
     comm.Allreduce(MPI.IN_PLACE, taken, MPI.MAX)
     return {side.name: median(taken[1:, i].tolist()) for i, side in enumerate(sides)}
 

@@ -88,6 +88,11 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "hpctrain", "machine.json")
 
 
+def encode(found: Measured) -> bytes:
+    """The text of the file."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
+
+
 def load(path: Path) -> Measured | None:
     """The measurements in a file; None where there is none. Raises ConfigError where it is not such a file."""
     if not path.is_file():

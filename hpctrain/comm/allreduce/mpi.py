@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpctrain.comm.allreduce.cost import Network
-from hpctrain.comm.link import Link, Steps, flat
+from hpctrain.comm.link import MOST_ELEMENTS, Link, Steps, flat
 
 
 @flat
@@ -17,11 +17,10 @@ def steps(link: Link, buffer: np.ndarray) -> Steps:
     """Sum the contiguous 1D `buffer` over the ranks of `link`, in place."""
     from mpi4py import MPI
 
-    if not buffer.size:
-        return
-    wide = _widened(link, buffer)
-    yield [link.comm.Iallreduce(MPI.IN_PLACE, wide, MPI.SUM)]
-    _narrow(wide, buffer)
+    wide = widened(link, buffer)
+    for start in range(0, wide.size, MOST_ELEMENTS):
+        yield [link.comm.Iallreduce(MPI.IN_PLACE, wide[start : start + MOST_ELEMENTS], MPI.SUM)]
+    narrow(wide, buffer)
 
 
 @flat
@@ -29,12 +28,13 @@ def blocking(link: Link, buffer: np.ndarray) -> None:
     """`steps` at once: Open MPI's Allreduce takes half the time of its Iallreduce."""
     from mpi4py import MPI
 
-    wide = _widened(link, buffer)
-    link.comm.Allreduce(MPI.IN_PLACE, wide, MPI.SUM)
-    _narrow(wide, buffer)
+    wide = widened(link, buffer)
+    for start in range(0, wide.size, MOST_ELEMENTS):
+        link.comm.Allreduce(MPI.IN_PLACE, wide[start : start + MOST_ELEMENTS], MPI.SUM)
+    narrow(wide, buffer)
 
 
-def _widened(link: Link, buffer: np.ndarray) -> np.ndarray:
+def widened(link: Link, buffer: np.ndarray) -> np.ndarray:
     """`buffer`, or a copy in float32 of what MPI has no type for."""
     if buffer.itemsize != 2:
         return buffer
@@ -43,7 +43,8 @@ def _widened(link: Link, buffer: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _narrow(wide: np.ndarray, buffer: np.ndarray) -> None:
+def narrow(wide: np.ndarray, buffer: np.ndarray) -> None:
+    """Round the sum of what `widened` gave into `buffer`."""
     if wide is not buffer:
         with np.errstate(over="ignore"):
             np.copyto(buffer, wide, casting="unsafe")

@@ -14,8 +14,8 @@ from hpctrain.comm.allreduce.cost import Network, Sent, sent_of
 from hpctrain.comm.link import Link, Requests, Steps, add, flat
 from hpctrain.partition import split
 
-SEGMENT = 2**18
-"""Bytes: a segment that has just been received is still in the cache when it is added."""
+SEGMENT = 2**20
+"""Bytes: so many that a message's overhead is small beside them; as Open MPI's."""
 
 
 def segments(elements: float, itemsize: int, ranks: int, most: int = SEGMENT) -> int:

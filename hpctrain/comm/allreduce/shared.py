@@ -18,6 +18,9 @@ from hpctrain.partition import split
 FLAGS = 2
 """For the meetings of an `InPlace`: `written` and `summed`."""
 
+MEETINGS = 3e-6
+"""Seconds that both take, with what Python takes to begin."""
+
 
 class InPlace:
     """The sum of `size` elements that every rank of a window has at byte `offset`, read from the first rank's.
@@ -114,9 +117,9 @@ def _memory(link: Link, nbytes: int) -> Copied:
 
 
 def cost(ranks: int, nbytes: float, net: Network) -> float:
-    """Seconds where the buffer lies in that memory: two meetings, and every rank reads its share of all buffers."""
+    """Seconds where the buffer lies in that memory: two meetings, and every rank adds up its share of all buffers."""
     near = net.near or net
-    return 2 * near.alpha * (ranks > 1) + (ranks > 1) * nbytes * (near.beta + near.gamma * (ranks - 1) / ranks)
+    return (ranks > 1) * (MEETINGS + near.gamma * nbytes * (ranks - 1) / ranks)
 
 
 def sent(ranks: int, rank: int, elements: int, itemsize: int) -> Sent:
