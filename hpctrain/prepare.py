@@ -137,7 +137,8 @@ def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
     kept = resume / "plan.json" if resume is not None else None
     if found.allreduce is None and kept is not None and kept.is_file():
         earlier = plans.load(kept)
-        return replace(found, allreduce=earlier.allreduce) if earlier.partitions == found.partitions else found
+        if earlier.partitions == found.partitions:
+            return replace(found, allreduce=earlier.allreduce, resumed=True)
     return found
 
 
