@@ -227,6 +227,10 @@ class Gradients:
                 mine += sum(backend.sum_squares(storage.sums[part]) for part in storage.reduced)
         return sum(self.comm.allgather(mine))
 
+    def changed(self) -> None:
+        """Weights of this rank have been changed by more than an update: `publish` has them to see to. Collective."""
+        self._unpublished = True
+
     def publish(self) -> None:
         """After the update, and before weights are read: see to it that every rank has all of them. Collective."""
         if self._unpublished:
