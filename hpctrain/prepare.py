@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -137,7 +137,8 @@ def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
     kept = resume / "plan.json" if resume is not None else None
     if found.allreduce is None and kept is not None and kept.is_file():
         earlier = plans.load(kept)
-        return replace(found, allreduce=earlier.allreduce) if earlier.partitions == found.partitions else found
+        if earlier.partitions == found.partitions:
+            return replace(found, allreduce=earlier.allreduce, resumed=True)
     return found
 
 
@@ -169,9 +170,11 @@ def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> st
     )
 
 
-def without_recomputing(config: Config, graph: Graph, plan: Plan, rank: int) -> int | None:
+def without_recomputing(
+    config: Config, graph: Graph, plan: Plan, rank: int, hosts: Sequence[int] | None = None
+) -> int | None:
     """Bytes that `rank` would need if a run that recomputes did not; None where it does not."""
     if not config.memory.recompute:
         return None
     keeping = structs.replace(config, memory=structs.replace(config.memory, recompute=False))
-    return memory.of_run(keeping, graph, plan, [rank])[rank].total
+    return memory.of_run(keeping, graph, plan, [rank], hosts)[rank].total

@@ -63,19 +63,19 @@ class Trainer:
             self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
         self.replicas = divide(world.comm, copies)
         self.comm = watched(self.replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
+        around = summation.surroundings(self.comm, world.library)
         with all_ranks(self.everybody):
-            need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank])[self.comm.rank]
+            need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank], around.hosts)[self.comm.rank]
             backend = backends.get(config.train.backend, config.train.exact)
         if config.data.verify:
             with all_ranks(watched(world.comm, "verification of the data", patient=True)):
                 prepare.verify(self.data, self.test, world.rank, world.size)
-        keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank)
+        keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank, around.hosts)
         self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
         announce.run(console, world, config, self.replicas, self.plan, backend.describe(), self.usage)
         precision, seed = config.train.precision, config.train.seed
         economy = planned.economy(alone, self.graph, self.plan)
-        around = summation.surroundings(self.comm, world.library)
         how = summation.summing(config, around, self.batches.steps * copies)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy, how)
         summation.require_worthwhile(config, self.executor, around)

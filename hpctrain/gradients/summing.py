@@ -139,6 +139,8 @@ class Gradients:
         ranks = max(sets, key=lambda ranks: len({self.hosts[rank] for rank in ranks}))
         hosts = len({self.hosts[rank] for rank in ranks})
         name = self.plan.algorithm(group)
+        if self.plan.resumed and name == "shared" and hosts > 1:
+            name = None  # an earlier part of the run had these ranks on one host
         if name is None and self.settings.choose is not None:
             choice = self.settings.choose(nbytes, ranks)
             name, self.why[group] = choice.name, choice.why
