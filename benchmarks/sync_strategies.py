@@ -237,7 +237,7 @@ def plot(
     axes[0, 1].set(title=f"one worker {DELAY:g} steps late", xlabel="time (steps)", yscale="log")
     fast = max(point.time for point in even["allreduce"])
     axes[0, 1].set_xlim(0, 2 * fast)
-    title = f"loss after as many samples: step size {RATES['large']} (solid), {RATES['small']} (dashed)"
+    title = f"loss after all samples, step size {RATES['large']}; dashed {RATES['small']}"
     axes[1, 0].set(title=title, xlabel="simulated workers", yscale="log")
     axes[1, 0].set_xscale("log", base=2)
     cases = list(dict.fromkeys((m["network"], m["ranks"]) for m in measured))
