@@ -121,7 +121,7 @@ class Gradients:
                 parts, size, settings.compress, settings.momentum, self.seed, link.rank, dtype
             )
             return Compressed(link, algorithm, own, codec, settings.steps_per_epoch)
-        if settings.share_weights or (name in IN_WINDOW and link.topology.even and not settings.shard):
+        if settings.share_weights or (name in IN_WINDOW and not settings.shard):
             return InWindow(link, size, dtype, found, settings.share_weights)
         if settings.shard:
             mine = tuple(shares(found, link.size, link.rank))
