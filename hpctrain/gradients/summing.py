@@ -92,7 +92,7 @@ class Gradients:
         self._waits: dict[Group, Wait] = {}
         self._running: list[tuple[Group, Running]] = []
         self._held: dict[Group, np.ndarray] = {}
-        self._unpublished = False
+        self._unpublished = True  # initial weights: no rank may load others while a neighbour still writes these
 
     # --- storage ---------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,10 @@ class Gradients:
         return sum(self.comm.allgather(mine))
 
     def publish(self) -> None:
-        """After the update, and before weights are read: see to it that every rank has all of them. Collective."""
+        """After weights were made or updated, and before others are written or these read: every rank gets all of them.
+
+        Collective.
+        """
         if self._unpublished:
             for group, way in self._ways.items():
                 with self._waits[group]:

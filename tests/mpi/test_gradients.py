@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -61,56 +63,71 @@ def replicated(net: Any, ranks: int, allreduce: str | None = None) -> Plan:
 
 # --- the same as one rank -----------------------------------------------------------------------------------------
 
+MESSAGES = [name for name in TABLE if name != "shared"]
 
-@pytest.mark.parallel([1, 2, 3, 4, 6])
-@pytest.mark.parametrize("way", SUMMINGS)
-@pytest.mark.parametrize("name", [name for name in TABLE if name != "shared"])
-def test_training_equals_one_rank(comm: Any, name: str, way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By every algorithm, on random hosts and plans; networks and optimizers in turn."""
-    rng, number = np.random.default_rng(seed), [*TABLE].index(name) + [*SUMMINGS].index(way)
-    network, optim = [*NETWORKS][number % len(NETWORKS)], [*OPTIMS][number % len(OPTIMS)]
-    net, data, expected = on_one_rank(network, OPTIMS[optim])
-    kind = HOSTS[rng.integers(len(HOSTS))]
-    pretend_hosts(monkeypatch, hosts_of(kind, comm.size))
-    for plan in (replicated(net, comm.size, name), replace(random_plan(rng, net, comm.size), allreduce=name)):
-        explain = f"seed {seed}, {network}, {optim}, hosts {kind}, plan {plan.partitions}"
+OVERLAPPED = ("overlapped, a bucket each", "overlapped, some buckets")
+
+WINDOWS = ("in turn", "overlapped, some buckets", "sharded, overlapped", "weights shared", "weights shared, overlapped")
+
+
+def check(comm: Any, names: tuple[str, str, str], kind: str, seed: int) -> None:
+    """A network trained with an optimizer and gradients summed in a way, on random plans of all ranks, and again."""
+    network, optim, way = names
+    rng, (net, data, expected) = np.random.default_rng(seed), on_one_rank(network, OPTIMS[optim])
+    allreduce = kind if kind in TABLE else "shared" if kind == "one" else "hierarchical"
+    plans = replicated(net, comm.size), random_plan(rng, net, comm.size)
+    for plan in (replace(plan, allreduce=allreduce) for plan in plans):
+        explain = f"seed {seed}, {network}, {optim}, {way}, {kind}, plan {plan.partitions}"
         print(explain)
         found = train(net, plan, comm, data, OPTIMS[optim], SUMMINGS[way])
         assert_parts_equal(found, expected, explain)
-        if name != "mpi":
-            again = train(net, plan, comm, data, OPTIMS[optim], SUMMINGS[way])
-            assert_same_bits(found, again)
-
-
-@pytest.mark.parallel([1, 2, 3, 4, 6])
-@pytest.mark.parametrize("way", SUMMINGS)
-@pytest.mark.parametrize("optim", OPTIMS)
-def test_training_in_shared_memory_equals_one_rank(comm: Any, way: str, optim: str, seed: int) -> None:
-    rng, network = np.random.default_rng(seed), [*NETWORKS][[*SUMMINGS].index(way) % len(NETWORKS)]
-    net, data, expected = on_one_rank(network, OPTIMS[optim])
-    for plan in (replicated(net, comm.size, "shared"), replace(random_plan(rng, net, comm.size), allreduce="shared")):
-        explain = f"seed {seed}, {network}, {optim}, plan {plan.partitions}"
-        print(explain)
-        found = train(net, plan, comm, data, OPTIMS[optim], SUMMINGS[way])
-        assert_parts_equal(found, expected, explain)
+    if allreduce != "mpi":
         assert_same_bits(found, train(net, plan, comm, data, OPTIMS[optim], SUMMINGS[way]))
 
 
-@pytest.mark.parallel([2, 3, 4, 6])
-@pytest.mark.parametrize("kind", ["each", "pairs", "uneven"])
-@pytest.mark.parametrize("way", [way for way in SUMMINGS if "weights" in way or "turn" in way or "some" in way])
-def test_windows_of_several_hosts(comm: Any, way: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts of equal and of different numbers of ranks."""
+def in_turn(choices: Iterable[str], number: int) -> str:
+    """Choice of that number, beginning again at the end."""
+    return next(islice(cycle(choices), number, None))
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("way", OVERLAPPED)
+@pytest.mark.parametrize("name", MESSAGES)
+def test_training_with_many_sums_under_way(
+    comm: Any, name: str, way: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every algorithm, on random hosts; networks and optimizers in turn."""
+    number = MESSAGES.index(name) + OVERLAPPED.index(way)
+    pretend_hosts(monkeypatch, hosts_of(HOSTS[np.random.default_rng(seed).integers(len(HOSTS))], comm.size))
+    check(comm, (in_turn(NETWORKS, number), in_turn(OPTIMS, number), way), name, seed)
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("way", WINDOWS)
+def test_training_with_windows(comm: Any, way: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with shards sent by messages; hosts of equal and of different numbers of ranks."""
+    number = WINDOWS.index(way) + HOSTS.index(kind)
     pretend_hosts(monkeypatch, hosts_of(kind, comm.size))
-    rng = np.random.default_rng(seed)
-    net, data, expected = on_one_rank("lenet", OPTIMS["lamb"])
-    for plan in (
-        replicated(net, comm.size, "hierarchical"),
-        replace(random_plan(rng, net, comm.size), allreduce="hierarchical"),
-    ):
-        found = train(net, plan, comm, data, OPTIMS["lamb"], SUMMINGS[way])
-        assert_parts_equal(found, expected, f"seed {seed}, plan {plan.partitions}")
-        assert_same_bits(found, train(net, plan, comm, data, OPTIMS["lamb"], SUMMINGS[way]))
+    check(comm, (in_turn(NETWORKS, number), in_turn(OPTIMS, number), way), kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parallel([2, 3, 4, 6])
+@pytest.mark.parametrize("way", SUMMINGS)
+@pytest.mark.parametrize("kind", [*MESSAGES, *HOSTS])
+def test_training_in_every_way(comm: Any, way: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = kind if kind in HOSTS else HOSTS[np.random.default_rng(seed).integers(len(HOSTS))]
+    pretend_hosts(monkeypatch, hosts_of(hosts, comm.size))
+    for optim in OPTIMS:
+        check(comm, ("lenet", optim, way), kind, seed)
+
+
+@pytest.mark.parallel([6])
+@pytest.mark.parametrize("way", WINDOWS)
+def test_training_on_six_ranks_of_two_hosts(comm: Any, way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_hosts(monkeypatch, [0, 0, 1, 1, 1, 1])
+    check(comm, ("mlp", "adam", way), "hierarchical", seed)
 
 
 @pytest.mark.parallel([2, 3, 4])
@@ -166,9 +183,9 @@ def test_every_element_is_updated_by_one_rank_which_alone_has_its_state(comm: An
         executor.free()
 
 
-@pytest.mark.parallel([1, 2, 3, 4, 6])
-@pytest.mark.parametrize("way", SUMMINGS)
-@pytest.mark.parametrize("kind", ["one", "pairs", "uneven"])
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("way", WINDOWS)
+@pytest.mark.parametrize("kind", ["one", "uneven"])
 def test_norm_counts_every_element_once_and_scaling_reaches_each_once(
     comm: Any, way: str, kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
