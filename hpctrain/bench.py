@@ -74,7 +74,7 @@ def run_allreduce(world: World, options: Options) -> int:
         records = []
         for nbytes in options.sizes:
             found = ranks.time(nbytes, options)
-            choice = around.choose(nbytes, range(world.size))
+            choice = choose.choose(nbytes, ranks.hosts, around.table, around.room)
             records += records_of(nbytes, found, world.size, options.dtype, choice.name)
             console.note(f"\n{_bytes(nbytes)}: {choice.why}")
             console.note("\n".join(table(records[-len(found) :])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy as np
 from hpctrain.backends.base import Array, Backend
 from hpctrain.comm.exchange import Arrays, Exchange, Way
 from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.neighbours import neighbours
 from hpctrain.comm.watch import Wait
 from hpctrain.comm.watched import watched, world_ranks
 from hpctrain.graph import Graph
@@ -59,11 +60,25 @@ _EDGE, _PARTIAL = ("forward exchange", "backward exchange"), ("gradient of parti
 
 
 class Arena:
-    """The memory of all arrays between layers, one allocation, and the arrays in it."""
+    """The memory of all arrays between layers, one allocation, and the arrays in it.
 
-    def __init__(self, found: Buffers, backend: Backend, dtype: np.dtype) -> None:
+    Collective: it is shared with ranks of this host that want something of it, where the host has room for that.
+    """
+
+    def __init__(
+        self,
+        found: Buffers,
+        backend: Backend,
+        dtype: np.dtype,
+        comm: MPI.Intracomm,
+        moved: list[Edge],
+        hosts: Sequence[int],
+    ) -> None:
         offsets, self.nbytes = found.place(dtype)
-        self.memory = backend.empty((self.nbytes + ALIGNMENT,), np.dtype(np.uint8))
+        nbytes = self.nbytes + ALIGNMENT
+        wanted = {rank for edge in moved for rank in edge.want.meeting(edge.have.box(comm.rank))}
+        self.near, self.exchange_by = neighbours(comm, hosts, wanted, nbytes, 2 * len(moved))
+        self.memory = backend.empty((nbytes,), np.dtype(np.uint8)) if self.near is None else self.near.memory
         first = -self.memory.ctypes.data % ALIGNMENT
         self._arrays = []
         for buffer, offset in zip(found.found, offsets, strict=True):
@@ -89,6 +104,11 @@ class Arena:
             edge.inplace_back,
         )
 
+    def free(self) -> None:
+        """Let go of what is shared with other ranks. Collective."""
+        if self.near is not None:
+            self.near.free()
+
 
 def exchanges(
     comm: MPI.Intracomm, graph: Graph, moved: list[Edge], found: Buffers, arena: Arena
@@ -99,7 +119,7 @@ def exchanges(
         key = edge.consumer, edge.slot
         if key in found.edges:
             fill = 0.0 if edge.slot is None else graph[edge.consumer].layer.fill
-            made[key] = Exchange(comm, edge.have, edge.want, arena.of_edge(found, key), fill, 2 * i)
+            made[key] = Exchange(comm, edge.have, edge.want, arena.of_edge(found, key), fill, 2 * i, arena.near)
             # Ranks without messages compare too: one that met nobody would wait where no news of others reaches it.
             for way, operation in zip(made[key].ways, _PARTIAL if edge.slot is None else _EDGE, strict=False):
                 way.wait = Wait(edge.consumer, operation, [every[r] for r in way.peers], every)

@@ -232,10 +232,14 @@ class Run(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Debug(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Checks that cost time."""
+    """Checks and trials that cost time."""
 
     collectives: bool = False
     """Before ranks communicate, they compare what they are about to do."""
+    delay_rank: Whole | None = None
+    """A rank that sleeps in each step of training: to see what a slow one does to the others."""
+    delay_seconds: NotNegative = 0.0
+    """For how long."""
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

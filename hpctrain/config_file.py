@@ -151,6 +151,10 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("optim", "schedule", "final_lr"), text)
     if train.exact and train.backend != "native":
         yield Problem(("train", "exact"), f"has no effect with backend {train.backend!r}; it belongs to native")
+    if config.sync.strategy == "backup" and train.nonfinite == "skip":
+        yield Problem(("train", "nonfinite"), "cannot skip with sync.strategy 'backup': replicas would no longer agree")
+    if (config.debug.delay_rank is None) != (config.debug.delay_seconds == 0):
+        yield Problem(("debug", "delay_seconds"), "needs debug.delay_rank, which needs it: give both or none")
     if optim.scale_lr == "none" and optim.base_batch != Optim(lr=1).base_batch:
         yield Problem(("optim", "base_batch"), "has no effect without optim.scale_lr = 'linear'")
     if config.run.abort_seconds <= config.run.stall_seconds:

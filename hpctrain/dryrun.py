@@ -27,8 +27,10 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     The last line runs it: `words` are those of the command line that asks for that. The plan goes to `plan_out` too.
     """
     data, _ = prepare.open_datasets(config)
-    graph = prepare.build_graph(config, data)
-    plan = prepare.make_plan(config, graph)
+    copies = prepare.replicas(config)
+    alone = prepare.of_replica(config, copies)
+    graph = prepare.build_graph(alone, data)
+    plan = prepare.make_plan(alone, graph)
     layers: list[dict[str, Any]] = [
         {
             "layer": node.name,
@@ -46,13 +48,13 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
         print(f"# {name.ljust(width)}  {layer['kind']:<20} {shape:<24} {plan.partitions[name]}")
     if rate := schedule.describe(config.optim, config.train.batch):
         print(wrapped(rate, "# "))
-    print(f"# memory by the plan: {prepare.most_memory(config, graph, plan)}")
-    for line in summed(config, graph, plan):
+    print(f"# memory by the plan: {prepare.most_memory(alone, graph, plan)}")
+    for line in summed(alone, graph, plan):
         print(wrapped(line, "# "))
     if plan_out is not None:
         write_atomic(plan_out, plan.to_json().encode())
         print(f"# plan written to {plan_out}")
-    print(f"# {launch.command_line(plan.ranks, words)}")
+    print(f"# {launch.command_line(copies * plan.ranks, words)}")
     if as_json:
         print_json("train", layers)
     return 0

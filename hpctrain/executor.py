@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -53,7 +53,9 @@ class Executor:
         seed: int = 0,
         economy: Economy = KEEP,
         summing: Summing = PLAIN,
+        hosts: Sequence[int] | None = None,
     ) -> None:
+        """`hosts`, one number for each rank, stands in for the hosts that MPI sees."""
         plan.check(graph)
         if plan.ranks > comm.size:
             raise PlanError(f"the plan needs {plan.ranks} ranks, but there are {comm.size}: start {plan.ranks}")
@@ -79,7 +81,7 @@ class Executor:
         ]
         moved = edges(graph, plan, self.layouts)
         found = buffers(graph, self.layouts, moved, self.schedule, economy, self.rank)
-        self.arena = Arena(found, backend, self.dtype)
+        self.arena = Arena(found, backend, self.dtype, self.comm, moved, hosts or self.gradients.hosts)
         self.exchanges = exchanges(self.comm, graph, moved, found, self.arena)
         self._results = {name: self.arena.array(view) for name, view in found.results.items()}
         self.steps = [self._bind(unit, found) for unit in self.schedule.units]
@@ -221,14 +223,20 @@ class Executor:
         """Everything trained or running that a checkpoint must hold, this rank's blocks, optimizer state apart."""
         return [*self.parameters.by_name.values(), *self.state]
 
+    @property
+    def exchange_by(self) -> str:
+        """What exchanges on this host go by: "shared memory", or "messages", and why if that is not what was meant."""
+        return self.arena.exchange_by
+
     def bytes_sent(self) -> int:
-        """Bytes this rank has sent in exchanges so far."""
+        """Bytes this rank has handed to others in exchanges so far, by messages or through shared memory."""
         return sum(way.bytes_sent for exchange in self.exchanges.values() for way in exchange.ways)
 
     def free(self) -> None:
         """Release MPI resources. Collective."""
         for exchange in self.exchanges.values():
             exchange.free()
+        self.arena.free()
         self.gradients.free()
         for grid in self._grids.values():
             grid.free()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -24,6 +24,45 @@ from hpctrain.planner.replicas import replica_groups
 from hpctrain.precision import TYPES
 
 
+def replicas(config: Config, ranks: int = 0) -> int:
+    """How many copies of the network a run on so many ranks trains; raises as `of_replica` does.
+
+    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense.
+    """
+    if config.sync.strategy == "allreduce":
+        return 1
+    grid = config.plan.grid
+    asked = plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
+    count = config.sync.replicas or max(1 + config.sync.spare, ranks // asked)
+    of_replica(config, count)
+    return count
+
+
+def of_replica(config: Config, count: int) -> Config:
+    """The config as one of `count` replicas sees it: with a batch of its own. Raises ConfigError where that fails."""
+    batch, parts, spare = config.train.batch, config.train.accumulate, config.sync.spare
+    if batch % (count * parts):
+        among = f"{count} replicas" + (f" of {parts} parts (train.accumulate)" if parts > 1 else "")
+        raise ConfigError(
+            f"train.batch = {batch} does not divide among {among}; give a multiple of {count * parts}, or set "
+            "sync.replicas"
+        )
+    if spare >= count:
+        raise ConfigError(f"sync.spare = {spare} of {count} replicas leaves none to wait for; at most {count - 1}")
+    return structs.replace(config, train=structs.replace(config.train, batch=batch // count))
+
+
+def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None:
+    """Raises PlanError where `count` replicas of `plan` are not just what `ranks` ranks hold."""
+    if config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
+        return
+    fits = f"sync.replicas = {ranks // plan.ranks} would fit" if ranks % plan.ranks == 0 else "no number of them fits"
+    raise PlanError(
+        f"{count} replica{'s' * (count > 1)} of a plan for {plan.ranks} ranks take {count * plan.ranks}, but there are "
+        f"{ranks}; start {count * plan.ranks} ranks ({fits} {ranks})"
+    )
+
+
 def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     """Training and test set, checked to be of one kind. Raises DataError."""
     train = Dataset(Path(config.data.train), config.data.normalize)
@@ -38,6 +77,12 @@ def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
             )
     test.mean, test.std = train.mean, train.std
     return train, test
+
+
+def verify(train: Dataset, test: Dataset | None, rank: int, ranks: int) -> None:
+    """Compare the hashes of all data, each rank those of some shards. Raises DataError."""
+    for data in filter(None, (train, test)):
+        data.verify(range(rank, len(data.shards), ranks))
 
 
 def build_graph(config: Config, data: Dataset) -> Graph:
@@ -92,7 +137,8 @@ def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
     kept = resume / "plan.json" if resume is not None else None
     if found.allreduce is None and kept is not None and kept.is_file():
         earlier = plans.load(kept)
-        return replace(found, allreduce=earlier.allreduce) if earlier.partitions == found.partitions else found
+        if earlier.partitions == found.partitions:
+            return replace(found, allreduce=earlier.allreduce, resumed=True)
     return found
 
 
@@ -110,8 +156,9 @@ def _require_groups(graph: Graph, plan: Plan) -> None:
 def needed(config: Config) -> str:
     """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
     data, _ = open_datasets(config)
-    graph = build_graph(config, data)
-    return most_memory(config, graph, make_plan(config, graph))
+    alone = of_replica(config, replicas(config))
+    graph = build_graph(alone, data)
+    return most_memory(alone, graph, make_plan(alone, graph))
 
 
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:
@@ -123,9 +170,11 @@ def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> st
     )
 
 
-def without_recomputing(config: Config, graph: Graph, plan: Plan, rank: int) -> int | None:
+def without_recomputing(
+    config: Config, graph: Graph, plan: Plan, rank: int, hosts: Sequence[int] | None = None
+) -> int | None:
     """Bytes that `rank` would need if a run that recomputes did not; None where it does not."""
     if not config.memory.recompute:
         return None
     keeping = structs.replace(config, memory=structs.replace(config.memory, recompute=False))
-    return memory.of_run(keeping, graph, plan, [rank])[rank].total
+    return memory.of_run(keeping, graph, plan, [rank], hosts)[rank].total

@@ -85,15 +85,19 @@ def require_ranks(config: Config, size: int) -> None:
 
     grid = config.plan.grid
     asked = plan.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
-    if asked <= size:
+    copies = prepare.replicas(config, size)
+    if copies * asked <= size:
         return
     # Small layers may get less of a grid than was asked for. That takes the network, so it is found out only here.
     data, _ = prepare.open_datasets(config)
-    ranks = prepare.make_plan(config, prepare.build_graph(config, data)).ranks
+    alone = prepare.of_replica(config, copies)
+    each = prepare.make_plan(alone, prepare.build_graph(alone, data)).ranks
+    ranks = copies * each
     if ranks <= size:
         return
     what = grid if isinstance(grid, str) else f"plan.grid: {grid.partition}"
-    fitted = ", coarsened to fit the network," if ranks < asked else ""
+    fitted = ", coarsened to fit the network," if each < asked else ""
+    fitted += f" for {copies} replicas" if copies > 1 else ""
     there = f"{size} were started" if launch.under_launcher() else "no launcher started this process"
     line = launch.command_line(ranks, sys.argv[1:])
     raise LaunchError(f"{what}{fitted} needs {ranks} ranks, but {there}; give a smaller grid, or:\n{line}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 
 from hpctrain import checkpoint, runfolder
-from hpctrain.checkpoint.tensors import blocks, restore
+from hpctrain.checkpoint.tensors import blocks, fill, owned, restore
+from hpctrain.checkpoint.writer import Block
+from hpctrain.comm.replicas import Replicas
 from hpctrain.comm.watched import watched
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config
@@ -20,7 +22,10 @@ from hpctrain.errors import CheckpointError, NumericsError
 from hpctrain.executor import Executor
 from hpctrain.metrics import Totals
 from hpctrain.optim import Optimizer
+from hpctrain.optim.base import state_like
 from hpctrain.parameters import Tensor
+from hpctrain.sync import average
+from hpctrain.together import Together
 
 
 @dataclass
@@ -33,24 +38,51 @@ class Progress:
     totals: Totals = field(default_factory=Totals)
 
 
+def common(replicas: Replicas, mine: Progress) -> Progress:
+    """How far a run is, of which each replica has come as far as `mine`: as the furthest one; sums over all of them.
+
+    Collective over all replicas.
+    """
+    if replicas.count == 1:
+        return mine
+    every, totals = replicas.across.allgather(mine), Totals()
+    for progress in every:
+        totals.add(progress.totals)
+    return replace(max(every, key=lambda progress: progress.step), totals=totals)
+
+
 class Saver:
-    """Saves and restores one run: parameters, statistics, optimizer state, progress. All methods are collective."""
+    """Saves and restores one run: parameters, statistics, optimizer state, progress. All methods are collective.
+
+    Of a run of several replicas tensors hold the exact mean; what each of them has is stored beside, under names of its
+    own, and what they share, for a run that goes on with as many of them and by the same strategy.
+    """
 
     def __init__(
-        self, world: World, config: Config, executor: Executor, optimizer: Optimizer, data_uuid: str, console: Console
+        self,
+        world: World,
+        config: Config,
+        executor: Executor,
+        optimizer: Optimizer,
+        together: Together,
+        data_uuid: str,
+        console: Console,
     ) -> None:
         self.world, self.config, self.executor, self.console = world, config, executor, console
+        self.replicas, self.strategy, self._apart = together.replicas, together.strategy, together.apart
         self.comm = watched(world.comm, "checkpoint")
         self.optimizer, self.folder = optimizer, Path(config.run.folder)
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
         self.tensors: list[Tensor] = [*executor.tensors(), *kept]
+        self.own = owned(self.tensors, f"replica{self.replicas.index}") if self._apart else []
         self.identity = {"config": config_hash(config), "data": data_uuid}
         self.saved: int | None = None
         """The step of the last checkpoint in the run folder."""
 
-    def save(self, at: Progress) -> None:
+    def save(self, mine: Progress) -> None:
         """Write a checkpoint of this step, unless there is one; broken weights are a NumericsError instead."""
+        at = common(self.replicas, mine)
         if self.saved == at.step:
             return
         with all_ranks(self.comm):
@@ -66,11 +98,31 @@ class Saver:
             "ranks": self.world.size,
             "updates": self.optimizer.updates,
             "optim": self._optim(),
+            "sync": self._sync(),
+            "replicas": self.replicas.across.allgather({**asdict(mine), "updates": self.optimizer.updates}),
         }
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, at.step, blocks(self.tensors, self.world.rank), state, self.comm)
+        checkpoint.save(folder, at.step, self._blocks(), state, self.comm)
         self.saved = at.step
         checkpoint.retain(folder, self.config.checkpoint.keep, self.comm)
+
+    def _blocks(self) -> list[Block]:
+        """What this rank writes: its share of the means, in replica 0, and of what its replica has."""
+        rank = self.replicas.inside.rank
+        if not self._apart:
+            return blocks(self.tensors, rank)
+        means = [replace(t, array=average(self.replicas, t.array)) for t in self.tensors]
+        for name, vector in self.strategy.state().items():
+            means += self.executor.parameters.like(vector, f"sync/{name}")
+        return blocks([*self.own, *(means if self.replicas.index == 0 else ())], rank)
+
+    def _shared(self, found: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
+        """What the strategy had."""
+        flat, vectors = self.executor.parameters, {}
+        for name in {name.split("/")[1] for name in found.tensors if name.startswith("sync/")}:
+            vectors[name] = state_like(flat.blocks(), flat.shards())
+            fill(found, flat.like(vectors[name], f"sync/{name}"))
+        return vectors
 
     def restore(self, resume: Path | None) -> Progress:
         """Go on from the newest whole checkpoint of run folder `resume`, or start anew: None, or none saved yet."""
@@ -93,11 +145,17 @@ class Saver:
         with all_ranks(self.comm):
             self._require_same_run(found, resume)
             restore(found, self.tensors)
+            same = self._apart and found.state.get("sync") == self._sync()
+            if same:
+                fill(found, self.own)
+            shared = self._shared(found) if same else {}
+        self.strategy.load(shared)
         self.saved = None if elsewhere else found.step
         self._say_resumed(found)
-        state = found.state
+        state = found.state["replicas"][self.replicas.index] if same else found.state
         self.optimizer.updates = state.get("updates", found.step)  # earlier checkpoints are of optimizers without
-        return Progress(state["epoch"], state["position"], state["step"], Totals(**state["totals"]))
+        totals = Totals(**state["totals"]) if same or self.replicas.index == 0 else Totals()
+        return Progress(state["epoch"], state["position"], state["step"], totals)
 
     def _require_same_run(self, found: checkpoint.Checkpoint, resume: Path) -> None:
         for what, mine in self.identity.items():
@@ -117,6 +175,12 @@ class Saver:
         changed = found.state["plan"] != self._partitions()
         how = f": from a plan on {found.state['ranks']} ranks to another on {self.world.size}" if changed else ""
         self.console.note(f"resumed {found.path} at step {found.step}{how}")
+        by = found.state.get("sync", {"strategy": "allreduce", "replicas": 1})
+        if by != self._sync():
+            self.console.note(
+                f"saved by {_replicas(by)}, now {_replicas(self._sync())}: "
+                f"{'all start' if self.replicas.count > 1 else 'going on'} from the mean"
+            )
         before, now = found.state["optim"], self._optim()
         for key in sorted(key for key in now if now[key] != before.get(key)):
             self.console.note(f"changed since then: {key} = {before.get(key)} -> {now[key]}")
@@ -131,5 +195,12 @@ class Saver:
             | {"train.epochs": self.config.train.epochs}
         )
 
+    def _sync(self) -> dict[str, Any]:
+        return {"strategy": self.config.sync.strategy, "replicas": self.replicas.count}
+
     def _partitions(self) -> dict[str, dict[str, int]]:
         return {name: partition.parts() for name, partition in self.executor.plan.partitions.items()}
+
+
+def _replicas(sync: dict[str, Any]) -> str:
+    return f"{sync['replicas']} replica{'s' * (sync['replicas'] > 1)} ({sync['strategy']})"

@@ -11,6 +11,7 @@ from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.codecs import TABLE as CODECS
 from hpctrain.comm.codecs.cost import estimate, require_gain, throughput
 from hpctrain.comm.link import Topology
+from hpctrain.comm.neighbours import MESSAGES
 from hpctrain.config import Config, Optim
 from hpctrain.executor import Executor
 from hpctrain.gradients import Summing
@@ -65,8 +66,9 @@ def require_worthwhile(config: Config, executor: Executor, around: Surroundings)
 
 
 def notes(executor: Executor) -> list[str]:
-    """What the head of a run says of its gradient sums, a line for each algorithm."""
-    gradients, lines = executor.gradients, []
+    """What the head of a run says of its exchanges, unless there is nothing to say, and its gradient sums."""
+    gradients, by = executor.gradients, executor.exchange_by
+    lines = [] if by == MESSAGES else [f"exchange on a host by {by}"]
     for name in dict.fromkeys(gradients.choices.values()):
         groups = [group for group, chosen in gradients.choices.items() if chosen == name]
         why = next((gradients.why[group] for group in groups if group in gradients.why), "as the plan says")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from math import isfinite, sqrt
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain import backends, launch, memory, optim, prepare, runfolder, summation, usage
+from hpctrain import announce, backends, memory, optim, prepare, runfolder, summation, sync, usage
+from hpctrain.comm.replicas import divide
 from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
@@ -26,8 +27,12 @@ from hpctrain.metrics import MetricsFile, Totals
 from hpctrain.optim import schedule
 from hpctrain.optim.clip import clip_factor
 from hpctrain.planner import memory as planned
-from hpctrain.saving import Progress, Saver
-from hpctrain.verdict import LOWER, Verdict, blame, judge
+from hpctrain.saving import Progress, Saver, common
+from hpctrain.together import Together
+from hpctrain.verdict import LOWER, Suspects, Verdict, blame, judge
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
 
 
 def run(world: World, config: Config, resume: Path | None = None, json_output: bool = False) -> int:
@@ -46,26 +51,32 @@ class Trainer:
 
     def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
         self.world, self.config, self.console = world, config, console
-        self.comm, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
-        with all_ranks(self.comm):
+        self.everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
+        with all_ranks(self.everybody):
             self.data, self.test = prepare.open_datasets(config)
-            self.graph = prepare.build_graph(config, self.data)
+            copies = prepare.replicas(config, world.size)
+            alone = prepare.of_replica(config, copies)
+            self.graph = prepare.build_graph(alone, self.data)
             self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
-            self.plan = prepare.make_plan(config, self.graph, resume)
+            self.plan = prepare.make_plan(alone, self.graph, resume)
+            prepare.require_replicas(config, self.plan, copies, world.size)
             self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
-            need = planned.of_run(config, self.graph, self.plan, [world.rank])[world.rank]
+        self.replicas = divide(world.comm, copies)
+        self.comm = watched(self.replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
+        around = summation.surroundings(self.comm, world.library)
+        with all_ranks(self.everybody):
+            need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank], around.hosts)[self.comm.rank]
             backend = backends.get(config.train.backend, config.train.exact)
         if config.data.verify:
-            with all_ranks(watched(self.comm, "verification of the data", patient=True)):
-                self._verify_data()
-        keeping = prepare.without_recomputing(config, self.graph, self.plan, world.rank)
+            with all_ranks(watched(world.comm, "verification of the data", patient=True)):
+                prepare.verify(self.data, self.test, world.rank, world.size)
+        keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank, around.hosts)
         self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
-        self._describe(backend.describe())
+        announce.run(console, world, config, self.replicas, self.plan, backend.describe(), self.usage)
         precision, seed = config.train.precision, config.train.seed
-        economy = planned.economy(config, self.graph, self.plan)
-        around = summation.surroundings(self.comm, world.library)
-        how = summation.summing(config, around, self.batches.steps)
+        economy = planned.economy(alone, self.graph, self.plan)
+        how = summation.summing(config, around, self.batches.steps * copies)
         self.executor = Executor(self.graph, self.plan, self.comm, backend, precision, seed, economy, how)
         summation.require_worthwhile(config, self.executor, around)
         for line in summation.notes(self.executor):
@@ -73,14 +84,15 @@ class Trainer:
         flat, rules = self.executor.parameters, summation.optimizer_config(config)
         comm = watched(self.comm, "optimizer")
         self.optimizer = optim.TABLE[rules.name](flat.blocks(), flat.shards(), backend, rules, comm)
-        with all_ranks(self.comm):
-            self.feed = Feed(self.data, replace(self.batches, batch=config.train.part), self.executor)
+        self.together = Together(world, self.replicas, config, self.executor, self.optimizer)
+        with all_ranks(self.everybody):
+            self.feed = self._feed(self.data, self.batches)
             self.tests = None if self.test is None else self._test_feed(self.test)
-        self.saver = Saver(world, config, self.executor, self.optimizer, self.data.uuid, console)
+        self.saver = Saver(world, config, self.executor, self.optimizer, self.together, self.data.uuid, console)
         self.at: Progress = self.saver.restore(resume)
         self.seconds: float = 0.0
         self.rate: float | None = None
-        with all_ranks(self.comm):
+        with all_ranks(self.everybody):
             if world.rank == 0:
                 runfolder.write(self.folder, config, summation.recorded(self.plan, self.executor), world)
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.at.step)
@@ -95,7 +107,7 @@ class Trainer:
         ):
             if self._train_epoch():
                 self._save()
-                self._say_stopped()
+                announce.stopped(self.console, self.world, self.folder, self.at.step)
                 return STOPPED
             records.append(self._finish_epoch() if self.at.position == self.batches.steps else self._report("end"))
         self._save()
@@ -108,34 +120,45 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
-        steps, batch = self.batches.steps, self.config.train.batch
+        steps = self.batches.steps
         begin, first, self.phases = perf_counter(), self.at.step, self._phases()
         self.seconds, self.rate = 0.0, None
         with self.console.progress(steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
             bar.advance(self.at.position)
             while self.at.position < steps and not self._enough():
                 stop = self.step()
-                self.seconds = perf_counter() - begin
-                self.rate = (self.at.step - first) * batch / self.seconds
-                bar.advance(1, f"loss {self.at.totals.means(self.losses)['loss']:.4f}  {self.rate:.0f} samples/s")
-                if stop:
+                self._time(begin, first)
+                loss = self.at.totals.means(self.losses)["loss"]
+                bar.advance(self.at.position - bar.done, f"loss {loss:.4f}  {self.rate:.0f} samples/s")
+                due = self._due(self.config.checkpoint.every_steps, self.at.step) and self.at.position < steps
+                if (stop or due) and self._meet():
                     return True
-                if self.at.position < steps and self._due(self.config.checkpoint.every_steps, self.at.step):
+                if due:
                     self._save()
-        return False
+        stop = self.together.apart and self._meet()
+        self._time(begin, first)
+        return stop
+
+    def _meet(self) -> bool:
+        """Wait until all replicas are here; whether any rank was asked to stop. Raises what any replica met, on all."""
+        while not self.together.complete(self.at.step):
+            self.step()
+        return self.together.settle()
 
     def step(self) -> bool:
-        """One step, forward to update; whether any rank was asked to stop. Raises what any rank met, on all."""
+        """One step, forward to update; whether any rank was asked to stop. Raises what any rank met, on all.
+
+        Of replicas that do not agree in every step: whether they are called to a meeting, and nothing is raised.
+        """
         epoch, position, steps, train = self.at.epoch, self.at.position, self.batches.steps, self.config.train
         lr = schedule.learning_rate(self.config.optim, train.batch, self.at.step, steps, train.epochs * steps)
-        verdict = self._gradients()
+        verdict = self.together.gradients(self.at.step, self._gradients)
         if verdict.finite:
-            self.optimizer.step(lr)
-            self.executor.updated()
             self.at.totals.add(verdict.totals)
-        self.at.step += 1
-        self.at.position += 1
-        if self.world.rank == 0:
+        done = self.together.update(self.at.step, lr, verdict.finite)
+        self.at.step += done
+        self.at.position += done
+        if self.world.rank == 0 and verdict.totals.sums:
             fields = verdict.totals.means(self.losses) | {"lr": lr}
             if verdict.gradient_norm is not None:
                 fields["gradient_norm"] = verdict.gradient_norm
@@ -145,6 +168,8 @@ class Trainer:
 
     def _gradients(self) -> Verdict:
         """The step as far as gradients, ready for the update: the sum of those of equal parts of the batch."""
+        if self.world.rank == self.config.debug.delay_rank:
+            sleep(self.config.debug.delay_seconds)
         skipping = self.config.train.nonfinite == "skip"
         running = [tensor.array.copy() for tensor in self.executor.state] if skipping else []
         totals, stop = Totals(), False
@@ -166,12 +191,14 @@ class Trainer:
         epoch, parts = self.at.epoch, self.config.train.accumulate
         number = self.at.position * parts + part
         error = self.feed.fill(epoch, number)
-        rows = self.executor.forward(Phase(training=True, step=self.at.step * parts + part))
+        # replicas draw different dropout
+        step = (self.at.step * parts + part) * self.replicas.count + self.replicas.index
+        rows = self.executor.forward(Phase(training=True, step=step))
         weights = self.feed.weights(epoch, number)
         suspects = self.feed.suspects(epoch, number, rows) if error is None else ([], [])
-        verdict = judge(self.comm, self.feed.sums(rows, weights), error, suspects, self._asked_to_stop())
+        verdict = judge(self.comm, self.feed.sums(rows, weights), error, suspects, self.together.stop_asked())
         if not verdict.finite:
-            self._not_finite(self._where(), *blame(self.comm, self.feed, suspects))
+            self._not_finite(self.comm, self._where(), *blame(self.comm, self.feed, suspects))
             return verdict
         shares = verdict.totals.shares(self.losses)
         gradients = {name: np.zeros_like(mine) for name, mine in rows.items()}
@@ -189,7 +216,7 @@ class Trainer:
             factor, norm = factor * clip_factor(square_sum, limit), sqrt(square_sum)
             if not isfinite(norm):
                 remedy = LOWER if scale == 1 else f"lower train.loss_scale, which is {scale:g}"
-                self._not_finite(self._where(), "the loss is, but not its gradient", remedy)
+                self._not_finite(self.comm, self._where(), "the loss is, but not its gradient", remedy)
         if factor != 1:
             self.executor.gradients.scale(factor)
         return norm
@@ -197,13 +224,16 @@ class Trainer:
     def _where(self) -> str:
         return f"step {self.at.step + 1} (epoch {self.at.epoch + 1})"
 
-    def _asked_to_stop(self) -> bool:
-        return self.world.stop.received is not None
-
     def evaluate(self, feed: Feed) -> Totals:
-        """Sums over a whole data set, of which the last batch is padded with samples of weight 0."""
+        """Sums over a whole data set, of which the last batch is padded with samples of weight 0, by the mean of all
+        replicas. Collective over all ranks.
+        """
+        with sync.averaged(self.replicas, [tensor.array for tensor in self.executor.tensors()]):
+            return self._evaluate(feed)
+
+    def _evaluate(self, feed: Feed) -> Totals:
         totals, error = Totals(), None
-        suspects: tuple[list[int], list[int]] = ([], [])
+        suspects: Suspects = ([], [])
         for step in range(feed.batches.steps):
             error = error or feed.fill(0, step)
             rows = self.executor.forward(Phase(training=False))
@@ -211,14 +241,15 @@ class Trainer:
             if error is None:
                 for found, more in zip(suspects, feed.suspects(0, step, rows), strict=True):
                     found += more
-        verdict = judge(self.comm, totals, error, suspects, self._asked_to_stop())
+        verdict = judge(self.everybody, totals, error, suspects, stop=False)
         if not verdict.finite:
-            self._not_finite(f"evaluation after step {self.at.step}", *blame(self.comm, feed, suspects))
+            why = blame(self.everybody, feed, suspects)
+            self._not_finite(self.everybody, f"evaluation after step {self.at.step}", *why)
         return verdict.totals
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Report and save; the epoch's record."""
-        if self.at.totals.samples == 0:
+        if common(self.replicas, self.at).totals.samples == 0:
             raise NumericsError(
                 f"epoch {self.at.epoch + 1}: every step was skipped, as no loss was finite; start anew with a lower "
                 f"optim.lr, or resume an earlier checkpoint with one"
@@ -234,7 +265,8 @@ class Trainer:
     def _report(self, event: str) -> dict[str, Any]:
         """Evaluate where that is due, and record how training goes; the record."""
         spent = {phase: value - self.phases[phase] for phase, value in self._phases().items()}
-        record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | self.at.totals.means(self.losses)
+        totals = common(self.replicas, self.at).totals
+        record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | totals.means(self.losses)
         last = event == "end" or self.at.epoch == self.config.train.epochs
         if self.tests is not None and (last or self._due(self.config.train.eval_every, self.at.epoch)):
             record |= self.evaluate(self.tests).means(self.losses, "test_")
@@ -255,18 +287,26 @@ class Trainer:
         self.console.note(usage.describe(used))
         return usage.largest(used)
 
-    def _not_finite(self, where: str, why: str, remedy: str) -> None:
-        """Stop or go on as the config says."""
+    def _not_finite(self, comm: Intracomm, where: str, why: str, remedy: str) -> None:
+        """Stop or go on as the config says, all ranks of `comm` alike."""
         if self.config.train.nonfinite == "stop":
             raise NumericsError(f"{where}: not finite: {why}; {remedy}, or with train.nonfinite=skip")
-        self._warn(f"{where}: not finite: {why}; skipped")
+        if comm.rank == 0:
+            self.console.warn(f"{where}: not finite: {why}; skipped")
 
     # --- small things ----------------------------------------------------------------------------------------------
 
     def _phases(self) -> dict[str, float]:
         """What this rank has spent so far: seconds by phase, and bytes sent in exchanges."""
         spent = {f"{phase}_seconds": seconds for phase, seconds in self.executor.seconds.items()}
+        if self.together.apart:
+            spent |= {"sync_seconds": self.together.seconds, "waited_seconds": self.together.waited}
         return spent | {"input_seconds": self.feed.seconds, "bytes_sent": self.executor.bytes_sent()}
+
+    def _time(self, begin: float, first: int) -> None:
+        if self.at.step > first:
+            self.seconds = perf_counter() - begin
+            self.rate = (self.at.step - first) * self.config.train.batch / self.seconds
 
     def _save(self) -> None:
         self.saver.save(self.at)
@@ -274,8 +314,12 @@ class Trainer:
             self.metrics.flush()
 
     def _test_feed(self, test: Dataset) -> Feed:
-        batches = Batches(test.samples, self.config.train.part, 0, shuffle=False, drop_last=False)
-        return Feed(test, batches, self.executor)
+        return self._feed(test, Batches(test.samples, self.config.train.part, 0, shuffle=False, drop_last=False))
+
+    def _feed(self, data: Dataset, batches: Batches) -> Feed:
+        """This replica's samples of each part of a batch."""
+        part, stripe = self.config.train.part, self.replicas.index
+        return Feed(data, replace(batches, batch=part, stripe=stripe, stripes=self.replicas.count), self.executor)
 
     @staticmethod
     def _due(every: int, count: int) -> bool:
@@ -284,38 +328,3 @@ class Trainer:
     def _enough(self) -> bool:
         limit = self.config.train.steps
         return limit is not None and self.at.step >= limit
-
-    def _say_stopped(self) -> None:
-        if self.world.rank == 0:
-            line = launch.command_line(self.world.size, ["train", "--resume", str(self.folder)])
-            self.console.note(
-                f"stopped on request after step {self.at.step} with status {STOPPED}; a complaint of the launcher "
-                f"about that is expected. To go on:\n{line}"
-            )
-
-    def _warn(self, text: str) -> None:
-        """A warning that all ranks share, said once."""
-        if self.world.rank == 0:
-            self.console.warn(text)
-
-    def _verify_data(self) -> None:
-        """Compare the hashes of all data, each rank those of some shards. Raises DataError."""
-        for data in filter(None, (self.data, self.test)):
-            data.verify(range(self.world.rank, len(data.shards), self.world.size))
-
-    def _describe(self, backend: str) -> None:
-        grid = self.config.plan.grid
-        what = f"plan {grid}" if isinstance(grid, str) else f"grid {grid.partition}"
-        ranks = f"{self.world.size} ranks of {self.world.threads} thread{'s' * (self.world.threads != 1)}"
-        named = self.plan.allreduce
-        summed = f", {named} allreduce" if isinstance(named, str) else ""
-        self.console.note(wrapped(f"{ranks}, {what}{summed}; {backend}"))
-        if rate := schedule.describe(self.config.optim, self.config.train.batch):
-            self.console.note(wrapped(rate))
-        self.console.note(self.usage.heading())
-        if short := self.usage.warning():
-            self.console.warn(short)
-        if self.plan.ranks < self.world.size:
-            self._warn(f"the plan uses {self.plan.ranks} of {self.world.size} ranks; the others idle")
-        for line in self.plan.notes:
-            self.console.note(wrapped(line))

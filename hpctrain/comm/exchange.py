@@ -4,21 +4,23 @@ An edge of the network has four arrays. The producer's op writes `fwd.src` and t
 backward the consumer's op writes `bwd.src` and the producer's reads `bwd.dst`. Where a rank wants all that it has
 (halo, gather), `fwd.src` is the interior of `fwd.dst` and `bwd.dst` that of `bwd.src`: the interior is never copied.
 What nobody sends, padding, is filled anew at every transfer, as the memory may be another array's in between.
+Ranks on this rank's host read from its arrays themselves, where they lie in shared memory (comm/neighbours.py).
 
     x = edge.fwd.reserve(); op.forward(..., out=x); edge.fwd.start(); y = edge.fwd.finish()
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 from mpi4py.util import dtlib
 
+from hpctrain.comm.neighbours import Neighbours
 from hpctrain.comm.watch import WATCH
-from hpctrain.partition import Box, contains, extent, volume, within
+from hpctrain.partition import Box, Shape, contains, extent, volume, within
 from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
 
@@ -41,7 +43,10 @@ class Message(NamedTuple):
 
 
 class Way:
-    """One direction of an edge: `src` flows into `dst` through one persistent message per pair of ranks."""
+    """One direction of an edge: `src` flows into `dst`.
+
+    Neighbours copy out of each other's arrays; between others goes one persistent message per pair of ranks.
+    """
 
     def __init__(
         self,
@@ -56,21 +61,31 @@ class Way:
         clear: bool = False,
         borders: Sequence[np.ndarray] = (),
         fill: float = 0.0,
+        near: Neighbours | None = None,
     ) -> None:
-        """`own` are the parts that stay on this rank and do not lie in memory that `dst` shares with `src`."""
+        """`own` are the parts that stay on this rank and do not lie in memory that `dst` shares with `src`.
+
+        Where there are neighbours, `src` is of `near.memory`.
+        """
         self.src, self.dst = src, dst
         self._own, self._add, self._clear = own, add, clear
         self._borders, self._fill = borders, fill
-        self._out = [_message(peer, views, direct=True) for peer, views in sends]
-        self._in = [_message(peer, views, direct=not add) for peer, views in recvs]
+        beside: Collection[int] = () if near is None else near.ranks
+        self._out = [_message(peer, views, direct=True) for peer, views in sends if peer not in beside]
+        self._in = [_message(peer, views, direct=not add) for peer, views in recvs if peer not in beside]
         self._types: list[MPI.Datatype] = []
         self._requests: list[MPI.Prequest] = [comm.Recv_init(self._spec(m.buffer), m.peer, tag) for m in self._in]
         self._requests += [comm.Send_init(self._spec(m.buffer), m.peer, tag) for m in self._out]
-        self.bytes_per_transfer = sum(m.buffer.nbytes for m in self._out)
-        """What this rank sends to others at each `start`."""
+        self._handover = None if near is None else near.handover(tag, sends, recvs)
+        parts = {message.peer: message.parts for message in self._in}
+        parts |= {} if self._handover is None else self._handover.parts
+        self._arrived = [part for peer, _ in recvs for part in parts[peer]]
+        """Whatever way it comes by, in the order of ranks, so that sums have the same bits."""
+        self.bytes_per_transfer = sum(view.nbytes for _, views in sends for view in views)
+        """What this rank hands to others at each `start`, in messages or for them to read."""
         self.bytes_sent = 0
-        """What this rank has sent so far."""
-        self.peers = tuple(sorted({message.peer for message in (*self._in, *self._out)}))
+        """What this rank has handed to others so far."""
+        self.peers = tuple(sorted({peer for peer, _ in (*recvs, *sends)}))
         self.wait = WATCH.waiting("", "exchange", self.peers)
         """What `finish` is to the watchdog; who knows more of it gives it another name."""
 
@@ -99,19 +114,29 @@ class Way:
             for view, place in message.parts:
                 np.copyto(place, view)
         self.bytes_sent += self.bytes_per_transfer
-        MPI.Prequest.Startall(self._requests)
+        if self._handover is not None:
+            self._handover.offer()
+        if self._requests:
+            MPI.Prequest.Startall(self._requests)
 
     def finish(self) -> np.ndarray:
-        """Complete the transfer and return `dst`. Additions: the own part first, then by rank, always the same."""
+        """Complete the transfer and return `dst`. Additions: the own part first, then by rank, always the same.
+
+        Neighbours finish their common ways in one order: each waits until the others have read.
+        """
         if self._clear:
             self.dst.fill(0)
         for to, source in self._own:
             self._take(to, source)
         with self.wait:
-            MPI.Request.Waitall(self._requests)
-        for message in self._in:
-            for view, place in message.parts:
+            if self._requests:
+                MPI.Request.Waitall(self._requests)
+            if self._handover is not None:
+                self._handover.await_offers()
+            for view, place in self._arrived:
                 self._take(view, place)
+            if self._handover is not None:
+                self._handover.leave()
         return self.dst
 
     def _take(self, to: np.ndarray, source: np.ndarray) -> None:
@@ -126,12 +151,13 @@ class Way:
         return self.finish()
 
     def free(self) -> None:
-        """Release the persistent requests."""
+        """Release the persistent requests, and the neighbours' memory."""
         for request in self._requests:
             request.Free()
         for datatype in self._types:
             datatype.Free()
         self._requests, self._types = [], []
+        self._arrived, self._handover = [], None
 
 
 class Arrays(NamedTuple):
@@ -147,14 +173,21 @@ class Arrays(NamedTuple):
     inplace_back: bool
 
 
-def own_arrays(have: Region, want: Region, rank: int, dtype: np.dtype, backward: bool) -> Arrays:
-    """Arrays of an edge alone."""
+def own_arrays(
+    have: Region,
+    want: Region,
+    rank: int,
+    dtype: np.dtype,
+    backward: bool,
+    zeros: Callable[[Shape, np.dtype], np.ndarray] = np.zeros,
+) -> Arrays:
+    """Arrays of an edge alone, made by `zeros`."""
     mine, wish = have.box(rank), want.box(rank)
     inplace = volume(mine) > 0 and contains(wish, mine)
 
     def pair() -> tuple[np.ndarray, np.ndarray]:
-        outer = np.zeros(extent(wish), dtype)
-        return outer, outer[within(mine, wish)] if inplace else np.empty(extent(mine), dtype)
+        outer = zeros(extent(wish), dtype)
+        return outer, outer[within(mine, wish)] if inplace else zeros(extent(mine), dtype)
 
     y, x = pair()
     dy, dx = pair() if backward else (None, None)
@@ -166,7 +199,8 @@ class Exchange:
 
     Wanted boxes may overlap (halo) and leave the array: there `fill` stands, or what the region says of its borders.
     `fwd` copies from owners to wanters; `bwd` is its adjoint: what several ranks hold of an owner's box is added up,
-    and gradients of fill are dropped. Collective over `comm`; `tag` and `tag + 1` must be this edge's own.
+    and gradients of fill are dropped. Collective over `comm`; `tag` and `tag + 1` must be this edge's own. The arrays
+    are of `near.memory` where there are neighbours.
     """
 
     def __init__(
@@ -177,6 +211,7 @@ class Exchange:
         arrays: Arrays,
         fill: float = 0.0,
         tag: int = 0,
+        near: Neighbours | None = None,
     ) -> None:
         me = comm.rank
         mine, wish = have.box(me), want.box(me)
@@ -195,6 +230,7 @@ class Exchange:
             tag=tag,
             borders=[y[box] for box in _borders(have, want, me)],
             fill=fill,
+            near=near,
         )
         self.bwd: Way | None = None
         dy, dx = arrays.gradient, arrays.back
@@ -211,6 +247,7 @@ class Exchange:
             add=True,
             tag=tag + 1,
             clear=not kept,
+            near=near,
         )
 
     @staticmethod

@@ -1,18 +1,20 @@
 """Memory that the ranks of one host share: windows, flags in them, and sums of what lies there.
 
 Every hand-over is: write, post a flag (release), see the flag (acquire), read. That holds before overwriting too: who
-wants to write waits for the flags of those who read. Compiled code does it with atomic operations; without it the
-same goes through `MPI_Win_sync`, which is a memory barrier.
+wants to write waits for the flags of those who read. Compiled code does it with atomic operations.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hpctrain import memory
 from hpctrain.errors import SharedMemoryError
 
 if TYPE_CHECKING:
@@ -30,53 +32,41 @@ LINE = 64
 
 PAGE = 4096
 
-FOLDER = "/dev/shm"
-"""Where MPI libraries keep windows that ranks share."""
-
 SLICE = 1000.0
 """Microseconds to wait before MPI makes progress: others may be inside it and need an answer."""
 
 
 def room() -> int:
-    """Bytes that can still be shared on this host."""
-    try:
-        found = os.statvfs(FOLDER)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize
+    """Bytes that can still be shared on this host: what is free, as such memory is no other."""
+    found = memory.host_room()
+    return sys.maxsize if found is None else found.nbytes
 
 
 class Window:
     """Memory of every rank of `node` that all of them see. Collective.
 
-    Raises SharedMemoryError, on all ranks alike and before any of it is touched, where there is not enough: a rank
-    that touched it would die of SIGBUS.
+    It is a file without a name (memfd), not one of MPI's windows: those can take Open MPI 30 ms each, and lie in
+    /dev/shm, which has 64 MiB in many containers. It goes when the last array of it goes, and with killed ranks.
+    Raises SharedMemoryError, on all ranks alike, where there is not enough, or no such file.
     """
 
     def __init__(self, node: MPI.Intracomm, nbytes: int, flags: int, purpose: str) -> None:
         """`nbytes` of this rank, besides so many flags; all ranks give the same number of flags."""
-        from mpi4py import MPI
-
         header = -(-flags * LINE // PAGE) * PAGE
-        mine = header + -(-nbytes // PAGE) * PAGE
-        need, free = node.allreduce(mine), node.allreduce(room(), MPI.MIN)
-        if need > free:
-            raise SharedMemoryError(
-                f"{purpose} needs {need / 2**20:.1f} MiB of shared memory on a host, {FOLDER} has "
-                f"{free / 2**20:.1f} MiB left; enlarge it (mount -o remount,size=..., docker run --shm-size=...), or "
-                f"set plan.allreduce to an algorithm that sends messages, for instance ring"
-            )
-        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})  # whole pages, near the rank that touches them first
+        said = node.allgather((header + -(-nbytes // PAGE) * PAGE, room()))
+        sizes, free = [size for size, _ in said], min(left for _, left in said)
         self.node = node
-        self._win = MPI.Win.Allocate_shared(mine, 1, info, node)
-        info.Free()
-        self._win.Lock_all(MPI.MODE_NOCHECK)  # one epoch for life: flags do the rest
-        whole = [np.asarray(self._win.Shared_query(r)[0], np.uint8) for r in range(node.size)]
-        self._flags = [memory[:header].view(np.int64).reshape(-1, LINE // 8)[:flags] for memory in whole]
-        self.segments = [memory[header:] for memory in whole]
+        if sum(sizes) > free:
+            raise SharedMemoryError(
+                f"{purpose}: {memory.mib(sum(sizes))} to be shared by the {node.size} ranks of a host, which has "
+                f"{memory.mib(free)} left; use more hosts or less memory"
+            )
+        starts = [sum(sizes[:rank]) for rank in range(node.size)]
+        file = _mapped(node, sum(sizes), starts[node.rank], sizes[node.rank], purpose)
+        whole = [file[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        self._flags = [each[:header].view(np.int64).reshape(-1, LINE // 8)[:flags] for each in whole]
+        self.segments = [each[header:] for each in whole]
         """By rank of the host, its bytes, which start at a page."""
-        self._flags[node.rank].fill(0)
-        node.Barrier()  # the flags are 0 before anybody looks
 
     def array(self, rank: int, offset: int, size: int, dtype: np.dtype) -> np.ndarray:
         """`size` elements of `rank`, from byte `offset` on."""
@@ -86,26 +76,64 @@ class Window:
         """A counter, an int64 of one element; `rank` writes it, all may read it."""
         return self._flags[rank][index, :1]
 
-    def meeting(self, index: int) -> Meeting:
-        """All ranks meet, by their flags number `index`."""
-        flags = [self.flag(rank, index) for rank in range(self.node.size)]
+    def meeting(self, index: int, others: Sequence[int] | None = None) -> Meeting:
+        """This rank meets `others`, or all, by their flags number `index`. These need not wait for this one."""
+        ranks = range(self.node.size) if others is None else [self.node.rank, *others]
+        flags = [self.flag(rank, index) for rank in ranks]
         kind: Any = PythonMeeting if _native is None else _native.Meeting
-        made: Meeting = kind(flags, self.node.rank)
+        made: Meeting = kind(flags, ranks.index(self.node.rank))
         return made
-
-    def sync(self) -> None:
-        """A memory barrier."""
-        self._win.Sync()
 
     def progress(self) -> None:
         """Let MPI answer others."""
         self.node.Iprobe()
 
     def free(self) -> None:
-        """Give the memory back; no array of it may be used any more. Collective."""
+        """Let go of the memory, which the system takes back once no array of it is left."""
         self._flags, self.segments = [], []
-        self._win.Unlock_all()
-        self._win.Free()
+
+
+def _mapped(node: MPI.Intracomm, nbytes: int, start: int, mine: int, purpose: str) -> np.ndarray:
+    """A new file without a name that all ranks of `node` map, zeros; this rank takes `mine` bytes of it at `start`.
+
+    Taken at once: where the memory is not there, that is an error now and no SIGBUS at the first touch.
+    """
+    fd, error = -1, ""
+    made: tuple[int, int, tuple[int, int]] | None = None
+    try:
+        if node.rank == 0:
+            fd = os.memfd_create("hpctrain")
+            os.ftruncate(fd, nbytes)
+            made = os.getpid(), fd, _identity(fd)
+    except OSError as raised:
+        error = str(raised)
+    made = node.bcast(made)
+    try:
+        if made is not None:
+            process, number, identity = made
+            if node.rank > 0:
+                fd = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+            if _identity(fd) != identity:
+                raise OSError(f"process {process} is another one here: ranks in different containers")
+            os.posix_fallocate(fd, start, mine)
+            found = np.frombuffer(mmap.mmap(fd, nbytes), np.uint8)
+    except OSError as raised:
+        error = str(raised)
+    errors = [text for text in node.allgather(error) if text]  # and nobody closes what others have yet to open
+    if fd >= 0:
+        os.close(fd)
+    if errors:
+        raise SharedMemoryError(
+            f"{purpose}: the {node.size} ranks of a host cannot share {memory.mib(nbytes)}: {errors[0]}; "
+            f"run them in one container"
+        )
+    return found
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """Of the file that `fd` is open on."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 class Meeting(Protocol):

@@ -78,11 +78,14 @@ def world_ranks(comm: MPI.Intracomm) -> tuple[int, ...]:
     return tuple(MPI.Group.Translate_ranks(comm.Get_group(), range(comm.size), world))
 
 
+def others(comm: MPI.Intracomm) -> tuple[int, ...]:
+    """The ranks of `comm` but for this one, as all messages number them."""
+    return tuple(rank for i, rank in enumerate(world_ranks(comm)) if i != comm.rank)
+
+
 def waiting(comm: MPI.Intracomm, layer: str, operation: str, nbytes: int = 0, patient: bool = False) -> Wait:
     """A Wait of all ranks of `comm` for each other."""
-    every = world_ranks(comm)
-    others = [rank for i, rank in enumerate(every) if i != comm.rank]
-    return Wait(layer, operation, others, every, nbytes, patient)
+    return Wait(layer, operation, others(comm), world_ranks(comm), nbytes, patient)
 
 
 def begin(comm: MPI.Intracomm, stall_seconds: float, abort_seconds: float = math.inf, guarded: bool = False) -> None:

@@ -78,6 +78,8 @@ def start() -> World:
     by, (version, path) = launched(os.environ), library()
     if not MPI.Is_initialized():
         check_family(by, version, path)
+        # Open MPI 5 reports an error, without having one, for every window unless UCX is left out: ours are all shared
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
         # threads of ours that prefetch or write files make no MPI calls; those of other libraries may
         several = os.environ.get("HPCTRAIN_MPI_THREADS") == "multiple"
         MPI.Init_thread(MPI.THREAD_MULTIPLE if several else MPI.THREAD_FUNNELED)

@@ -12,7 +12,7 @@ from hpctrain.partition import Box, Shape, contains, volume, whole
 
 
 class Loader:
-    """Reads `x_box` of x (batch, *x_shape) and `y_box` of y (batch, *y_shape), global boxes with the batch first.
+    """Reads `x_box` of x (size, *x_shape) and `y_box` of y (size, *y_shape), global boxes, the samples of a step first.
 
     Boxes may be empty, and may cut the batch differently. `bytes_read` counts the bytes that this loader read:
     exactly its boxes' elements times the stored item size, step after step. Raises DataError where a box does not lie
@@ -23,7 +23,7 @@ class Loader:
         if batches.samples != dataset.samples:
             raise DataError(f"{dataset.folder}: has {dataset.samples} samples, the batches are of {batches.samples}")
         for name, box, shape in (("x", x_box, dataset.x_shape), ("y", y_box, dataset.y_shape)):
-            _require_inside(dataset, name, box, (batches.batch, *shape))
+            _require_inside(dataset, name, box, (batches.size, *shape))
         self.dataset, self.batches, self.x_box, self.y_box = dataset, batches, x_box, y_box
         self.bytes_read = 0
 

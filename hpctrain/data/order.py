@@ -26,13 +26,18 @@ def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of every epoch. Raises DataError where not even one step can be made."""
+    """The batches of every epoch, or of each the stripe `stripe` of `stripes` equal ones.
+
+    Raises DataError where not even one step can be made.
+    """
 
     samples: int
     batch: int
     seed: int
     shuffle: bool = True
     drop_last: bool = True
+    stripe: int = 0
+    stripes: int = 1
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -40,20 +45,28 @@ class Batches:
         if self.steps < 1:
             raise DataError(f"batch = {self.batch} is more than the {self.samples} samples; give a smaller batch")
 
+        if self.batch % self.stripes:
+            raise DataError(f"batch = {self.batch} has no {self.stripes} equal parts; give a multiple of these")
+
+    @property
+    def size(self) -> int:
+        """Samples of one step in this stripe."""
+        return self.batch // self.stripes
+
     @property
     def steps(self) -> int:
         """Steps per epoch: whole batches only, or with drop_last=False one more for the rest."""
         return self.samples // self.batch if self.drop_last else -(-self.samples // self.batch)
 
     def ids(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Global sample indices, int64 (batch,), and weights, float64 (batch,), of one step.
+        """Global sample indices, int64 (size,), and weights, float64 (size,), of one step.
 
         A last partial batch is filled from the start of the epoch's order with weight 0. Raises DataError beyond the
         last step.
         """
         if not 0 <= step < self.steps:
             raise DataError(f"step {step} of epoch {epoch}; an epoch has steps 0 to {self.steps - 1}")
-        at = np.arange(step * self.batch, (step + 1) * self.batch)
+        at = step * self.batch + self.stripe * self.size + np.arange(self.size)
         inside = at % self.samples
         ids = _epoch_order(self.seed, epoch, self.samples)[inside] if self.shuffle else inside
         return ids, (at < self.samples).astype(np.float64)

@@ -139,6 +139,8 @@ class Gradients:
         ranks = max(sets, key=lambda ranks: len({self.hosts[rank] for rank in ranks}))
         hosts = len({self.hosts[rank] for rank in ranks})
         name = self.plan.algorithm(group)
+        if self.plan.resumed and name == "shared" and hosts > 1:
+            name = None  # an earlier part of the run had these ranks on one host
         if name is None and self.settings.choose is not None:
             choice = self.settings.choose(nbytes, ranks)
             name, self.why[group] = choice.name, choice.why
@@ -224,6 +226,10 @@ class Gradients:
             if storage.counted:
                 mine += sum(backend.sum_squares(storage.sums[part]) for part in storage.reduced)
         return sum(self.comm.allgather(mine))
+
+    def changed(self) -> None:
+        """Weights of this rank have been changed by more than an update: `publish` has them to see to. Collective."""
+        self._unpublished = True
 
     def publish(self) -> None:
         """After weights were made or updated, and before others are written or these read: every rank gets all of them.

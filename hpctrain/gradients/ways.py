@@ -49,6 +49,7 @@ class ByMessages:
 
     def __init__(self, link: Link, algorithm: Algorithm, storage: Storage, found: Sequence[Bucket]) -> None:
         self.link, self.algorithm, self.storage = link, algorithm, storage
+        self._found = found
         self._buckets = [storage.partials[bucket.where] for bucket in found]
         self._lanes = [link if i == 0 else link.lane(i) for i in range(len(found))]
 
@@ -93,10 +94,8 @@ class Sharded(ByMessages):
 
     def publish(self) -> None:
         """As in Way."""
-        at = self.storage.partials.ctypes.data
-        for lane, bucket in zip(self._lanes, self._buckets, strict=True):
-            start = (bucket.ctypes.data - at) // bucket.itemsize
-            run(ring.allgather(lane, self.storage.weights[start : start + bucket.size]))
+        for lane, bucket in zip(self._lanes, self._found, strict=True):
+            run(ring.allgather(lane, self.storage.weights[bucket.where]))
 
 
 class Compressed(ByMessages):

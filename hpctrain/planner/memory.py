@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import prod
 
@@ -61,7 +61,7 @@ class Memory:
     tensors: int
     """What flows between layers, halos and padding included, and its gradients."""
     messages: int
-    """Buffers of what travels between ranks and is not contiguous in a tensor."""
+    """Buffers of what travels between ranks of different hosts and is not contiguous in a tensor."""
     kept: int
     """What layers keep for their gradient besides: winners of max pools, masks, probabilities."""
     workspace: int
@@ -94,26 +94,32 @@ def predict(
     backend: str = "native",
     economy: Economy = KEEP,
     accumulate: bool = False,
+    hosts: Sequence[int] | None = None,
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam, 3 for LAMB.
-    `graph` is for what is computed at a time: where `accumulate`, that is a part of a batch.
+    `graph` is for what is computed at a time: where `accumulate`, that is a part of a batch. `hosts` has a number for
+    each rank; None: every rank is on a host of its own, which takes the most memory.
     """
     places, dtype = layouts(graph, plan), TYPES[precision]
     moved, order = edges(graph, plan, places), schedule(graph, places, economy)
     found = {}
     for rank in range(plan.ranks) if ranks is None else ranks:
         arrays = buffers(graph, places, moved, order, economy, rank)
-        found[rank] = _of_rank(places, moved, rank, dtype, arrays, optimizer_arrays, backend, accumulate)
+        far = range(plan.ranks) if hosts is None else [r for r, host in enumerate(hosts) if host != hosts[rank]]
+        remote = set(far) - {rank}
+        found[rank] = _of_rank(places, moved, rank, remote, dtype, arrays, optimizer_arrays, backend, accumulate)
     return found
 
 
-def of_run(config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None) -> dict[int, Memory]:
+def of_run(
+    config: Config, graph: Graph, plan: Plan, ranks: Iterable[int] | None = None, hosts: Sequence[int] | None = None
+) -> dict[int, Memory]:
     """`predict` for a run as `config` describes it."""
     train = config.train
     arrays, saving = optim.TABLE[config.optim.name].arrays, economy(config, graph, plan)
-    return predict(graph, plan, ranks, train.precision, arrays, train.backend, saving, train.accumulate > 1)
+    return predict(graph, plan, ranks, train.precision, arrays, train.backend, saving, train.accumulate > 1, hosts)
 
 
 def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
@@ -144,6 +150,7 @@ def _of_rank(
     places: dict[str, Layout],
     moved: Sequence[Edge],
     rank: int,
+    far: Collection[int],
     dtype: np.dtype,
     arrays: Buffers,
     optimizer_arrays: int,
@@ -154,7 +161,9 @@ def _of_rank(
     blocks = [volume(d.box(rank)) for place in places.values() for d in place.weights.values()]
     running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * full
     between = [(edge, views) for edge in moved if (views := arrays.edges.get((edge.consumer, edge.slot)))]
-    messages = sum(_message_elements(edge, rank, arrays, v) * edge.kind.dtype(dtype).itemsize for edge, v in between)
+    messages = sum(
+        _message_elements(edge, rank, far, arrays, v) * edge.kind.dtype(dtype).itemsize for edge, v in between
+    )
     kept = workspace = 0
     for place in places.values():
         size = full if isinstance(place.node.layer, Loss) else itemsize
@@ -169,11 +178,11 @@ def _of_rank(
     return Memory(held, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
 
 
-def _message_elements(edge: Edge, rank: int, found: Buffers, views: EdgeViews) -> int:
-    """Elements of the message buffers that `comm.exchange.Exchange` makes for an edge."""
+def _message_elements(edge: Edge, rank: int, far: Collection[int], found: Buffers, views: EdgeViews) -> int:
+    """Elements of the message buffers that `comm.exchange.Exchange` makes for an edge, to and from ranks `far` away."""
     mine = edge.have.box(rank)
-    outgoing = [edge.want.shares(r, mine) for r in edge.want.meeting(mine) if r != rank]
-    incoming = [edge.want.shares(rank, edge.have.box(r)) for r in owners(edge.have, edge.want, rank) if r != rank]
+    outgoing = [edge.want.shares(r, mine) for r in edge.want.meeting(mine) if r in far]
+    incoming = [edge.want.shares(rank, edge.have.box(r)) for r in owners(edge.have, edge.want, rank) if r in far]
     owned, wish = found.found[views.src.buffer].shape, found.found[views.dst.buffer].shape
     elements = sum(_packed(shares, owned) for shares in outgoing)
     elements += sum(_packed(shares, wish, wanted=True) for shares in incoming)

@@ -56,6 +56,8 @@ class Plan:
     """The algorithm for all groups, or by `group_name`; what is not named is chosen by size and ranks at bind."""
     empty_blocks: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
+    resumed: bool = field(default=False, compare=False)
+    """Whether `allreduce` is what an earlier part of the run chose, and nobody asked for."""
 
     @property
     def ranks(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from executing import assert_equal, flat_weights, forward_backward, load_weights, serial, train
+from executing import assert_equal, flat_weights, forward_backward, load_weights, plan_text, serial, train
 from networks import NETWORKS, draw, random_plan, single
 
 from hpctrain.backends.reference import Reference
 from hpctrain.config import Optim
 from hpctrain.executor import Executor
+from hpctrain.gradients import Summing
 from hpctrain.optim import TABLE
 
 OPTIMS = {
@@ -34,6 +36,42 @@ def test_optimizer_on_random_plans_equals_one_rank(comm: Any, network: str, name
         plan = random_plan(rng, net, comm.size)
         print(f"seed {seed}, plan {number} of 3")
         assert_equal(train(net, plan, comm, data, OPTIMS[name]), expected, plan)
+
+
+SHARDED = {
+    "shard": Summing(shard=True),
+    "share_weights": Summing(share_weights=True),
+    "overlapped": Summing(shard=True, bucket_bytes=1000, overlap=True),
+}
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("name", ["adam", "lars", "lamb"])
+@pytest.mark.parametrize("how", SHARDED)
+def test_updates_of_shares_equal_those_of_one_rank(comm: Any, how: str, name: str, seed: int) -> None:
+    """A rank updates pieces of parameters; norms are of whole ones."""
+    net = NETWORKS["lenet"]()
+    data, rng = draw(net, seed, steps=3), np.random.default_rng(seed)
+    expected = serial(net, data, OPTIMS[name])
+    plan = random_plan(rng, net, comm.size)
+    executor = Executor(net, plan, comm, Reference(), "float64", summing=SHARDED[how])
+    load_weights(executor, data)
+    flat = executor.parameters
+    optimizer = TABLE[name](flat.blocks(), flat.shards(), executor.backend, OPTIMS[name], comm)
+    for step in range(3):
+        executor.updated()
+        forward_backward(executor, data, step)
+        whole = [block for key, (_, block) in expected.items() if re.fullmatch(rf"step {step}: .+\..+ gradient", key)]
+        square_sum = sum(float((g * g).sum()) for g in whole)
+        assert executor.gradients.square_sum(executor.backend) == pytest.approx(square_sum, rel=1e-10)
+        executor.gradients.scale(0.5)
+        executor.gradients.scale(2.0)
+        optimizer.step(OPTIMS[name].lr)
+    executor.updated()
+    for key, p in flat.by_name.items():
+        want = expected[f"step 2: {key} updated"][1][p.box]
+        np.testing.assert_allclose(p.array, want, rtol=1e-10, atol=1e-10, err_msg=f"{key}, {plan_text(plan)}")
+    executor.free()
 
 
 class Counting:

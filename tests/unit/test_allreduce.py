@@ -280,6 +280,8 @@ def test_seconds_of_hosts_and_segments_at_hand_computed_points() -> None:
     # two hosts of two: a ring of two in the host, half the buffer between hosts over a link that two ranks share
     hosts = TEN._replace(near=Network(1.0, 0.5, 1.0), per_host=2)
     assert hierarchical.cost(4, 120, hosts) == (2 + 60 + 60) + (20 + 360 + 30)
+    # one rank on the second host: the tree of two, then all of it between the first ranks of the hosts
+    assert hierarchical.cost(3, 120, hosts) == (2 + 120 + 120) + (20 + 360 + 60)
     # two ranks, 60 bytes in 3 segments: 3 x (10 + 60) + 20 to add the last one; 10 + 180 to gather
     assert segmented_ring.cost(2, 120, TEN, most=20) == 210 + 20 + 190
     # adding takes longer than sending: 10 + 60, then 3 x 100

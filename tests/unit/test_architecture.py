@@ -35,6 +35,8 @@ LEVELS = {
     5: ("binding", "executor", "gradients", "parameters", "sync", "data", "checkpoint", "metrics"),
     6: (
         "trainer",
+        "announce",
+        "together",
         "feed",
         "verdict",
         "verify",

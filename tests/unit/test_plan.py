@@ -94,6 +94,7 @@ def test_resumed_run_keeps_the_algorithms_that_were_chosen(tmp_path: Path) -> No
     ((group, _),) = replica_groups(net, first, np.dtype(np.float32)).items()
     (tmp_path / "plan.json").write_text(first.with_choices({group: "tree"}).to_json())
     assert make_plan(both, net, tmp_path).algorithm(group) == "tree"
+    assert make_plan(both, net, tmp_path).resumed
     assert make_plan(both, net).allreduce is None
     assert make_plan(config(Grid(batch=4)), net, tmp_path).allreduce is None, "other partitions, other groups"
     assert make_plan(config(Grid(batch=2), "mpi"), net, tmp_path).allreduce == "mpi"

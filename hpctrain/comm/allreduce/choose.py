@@ -124,7 +124,8 @@ class Surroundings(NamedTuple):
 
     def choose(self, nbytes: int, ranks: Sequence[int]) -> Choice:
         """The algorithm for these ranks of the communicator."""
-        return choose(nbytes, [self.hosts[rank] for rank in ranks], self.table, self.room)
+        found = choose(nbytes, [self.hosts[rank] for rank in ranks], self.table, self.room)
+        return found if self.table is not None else found._replace(why=f"by formula; {self.said}")
 
     def network(self, hosts: Sequence[int]) -> Network:
         """alpha, beta and gamma between ranks on these hosts, as measured, else as published."""

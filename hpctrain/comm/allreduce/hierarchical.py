@@ -54,8 +54,13 @@ def steps(link: Link, buffer: np.ndarray, between: Part = halving_doubling.steps
 
 
 def cost(ranks: int, nbytes: float, net: Network) -> float:
-    """Seconds of a ring in the host and of halving-doubling between hosts, where a host's ranks share its link."""
-    near, hosts = net.near or net, ranks // net.per_host
+    """Seconds of a ring in the host and of halving-doubling between hosts, where a host's ranks share its link.
+
+    Where hosts hold `per_host` ranks but for one that holds fewer: of the tree, and of one rank of each host.
+    """
+    near, hosts = net.near or net, -(-ranks // net.per_host)
+    if ranks % net.per_host:
+        return tree.cost(net.per_host, nbytes, near) + halving_doubling.cost(hosts, nbytes, net)
     between = Network(net.alpha, net.beta * net.per_host, net.gamma)
     return ring.cost(net.per_host, nbytes, near) + halving_doubling.cost(hosts, nbytes / net.per_host, between)
 
