@@ -75,6 +75,7 @@ class Executor:
         units, declared = [unit.names for unit in self.schedule.units], sorted_by_group(self.layouts.values())
         self.gradients = Gradients(self.comm, plan, declared, units, exact(self.dtype), summing, self._replicas, seed)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed, self.gradients.allocate)
+        self.gradients.publish()
         self.state = [
             t for place in self.layouts.values() for t in statistics(place, self.rank, exact(self.dtype), seed)
         ]

@@ -10,7 +10,7 @@ import numpy as np
 from hpctrain import randomness
 from hpctrain.layers import Weight
 from hpctrain.optim import Block, Shard
-from hpctrain.partition import Box, Shape, boxes_of_run, extent, volume
+from hpctrain.partition import Box, Shape, boxes_of_run, empty, extent, volume
 from hpctrain.planner.layout import Layout
 from hpctrain.planner.plan import Group as Group
 from hpctrain.precision import exact
@@ -134,7 +134,10 @@ class Parameters:
         return [shard for _, shard in self._updated()]
 
     def like(self, flat: np.ndarray, prefix: str) -> list[Tensor]:
-        """`flat` (as long as all shards) cut up like these: optimizer state as tensors `prefix/name`."""
+        """`flat` (as long as all shards) cut up like these: optimizer state as tensors `prefix/name`.
+
+        At least one of each parameter, so that all ranks know of all: an empty one where a rank updates nothing of it.
+        """
         found, at = [], 0
         for p, shard in self._updated():
             piece, name = flat[at : at + shard.size], f"{prefix}/{p.name}"
@@ -142,6 +145,9 @@ class Parameters:
             if shard.size == p.array.size:
                 alone = self.groups[p.group].sharded and shard.counted
                 found.append(Tensor(name, p.distribution, p.box, piece.reshape(p.array.shape), alone))
+                continue
+            if shard.size == 0:
+                found.append(Tensor(name, p.distribution, empty(p.array.ndim), piece.reshape((0,) * p.array.ndim)))
                 continue
             start = shard.where.start - p.where.start
             for inner, stretch in boxes_of_run(extent(p.box), start, start + shard.size):

@@ -54,6 +54,11 @@ class Topology:
         """Whether all hosts hold equally many ranks."""
         return len(set(Counter(self.hosts).values())) == 1
 
+    @property
+    def fewest(self) -> int:
+        """How many ranks the host with the fewest holds."""
+        return min(Counter(self.hosts).values())
+
     @cached_property
     def node(self) -> MPI.Intracomm:
         """The ranks of this host."""

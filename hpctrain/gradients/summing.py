@@ -92,7 +92,7 @@ class Gradients:
         self._waits: dict[Group, Wait] = {}
         self._running: list[tuple[Group, Running]] = []
         self._held: dict[Group, np.ndarray] = {}
-        self._unpublished = False
+        self._unpublished = True  # initial weights: no rank may load others while a neighbour still writes these
 
     # --- storage ---------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Gradients:
                 parts, size, settings.compress, settings.momentum, self.seed, link.rank, dtype
             )
             return Compressed(link, algorithm, own, codec, settings.steps_per_epoch)
-        if settings.share_weights or (name in IN_WINDOW and link.topology.even and not settings.shard):
+        if settings.share_weights or (name in IN_WINDOW and not settings.shard):
             return InWindow(link, size, dtype, found, settings.share_weights)
         if settings.shard:
             mine = tuple(shares(found, link.size, link.rank))
@@ -232,7 +232,10 @@ class Gradients:
         self._unpublished = True
 
     def publish(self) -> None:
-        """After the update, and before weights are read: see to it that every rank has all of them. Collective."""
+        """After weights were made or updated, and before others are written or these read: every rank gets all of them.
+
+        Collective.
+        """
         if self._unpublished:
             for group, way in self._ways.items():
                 with self._waits[group]:

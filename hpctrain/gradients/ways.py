@@ -121,8 +121,9 @@ class Compressed(ByMessages):
 class InWindow:
     """Gradients in memory that the ranks of a host share: written there by backward, each rank adds up a share of them.
 
-    With several hosts the shares are then summed between them, by ranks of one place. Where it is `sharded`, weights
-    lie in the window too, once for each host, and a rank updates its share of them.
+    With several hosts the shares are then summed between them, by ranks of one place. Where hosts have different
+    numbers of ranks, only as many of each as the smallest has add up shares, so that shares are the same on all. Where
+    it is `sharded`, weights lie in the window too, once for each host, and a rank updates its share of them.
     """
 
     def __init__(self, link: Link, size: int, dtype: np.dtype, found: Sequence[Bucket], sharded: bool) -> None:
@@ -134,12 +135,14 @@ class InWindow:
         self._window = Window(node.comm, kept * nbytes, FLAGS * len(found) + 1, purpose)
         self._meeting = self._window.meeting(FLAGS * len(found))
         self._met = Wait(self._meeting.complete, self._window.progress)
-        self._across = [None if across.size == 1 else across.lane(i) for i in range(len(found))]
+        adding = link.topology.fewest
+        alone = across.size == 1 or node.rank >= adding
+        self._across = [None if alone else across.lane(i) for i in range(len(found))]
         self._sums = []
         for i, bucket in enumerate(found):
             meetings = self._window.meeting(FLAGS * i), self._window.meeting(FLAGS * i + 1)
             offset, length = bucket.where.start * dtype.itemsize, bucket.where.stop - bucket.where.start
-            self._sums.append(InPlace(self._window, offset, length, dtype, *meetings))
+            self._sums.append(InPlace(self._window, offset, length, dtype, *meetings, adding))
         reduced = tuple(
             slice(bucket.where.start + part.share.start, bucket.where.start + part.share.stop)
             for bucket, part in zip(found, self._sums, strict=True)

@@ -30,12 +30,21 @@ class InPlace:
     """
 
     def __init__(
-        self, window: Window, offset: int, size: int, dtype: np.dtype, written: Meeting, summed: Meeting
+        self,
+        window: Window,
+        offset: int,
+        size: int,
+        dtype: np.dtype,
+        written: Meeting,
+        summed: Meeting,
+        adding: int | None = None,
     ) -> None:
+        """`adding`: how many ranks add up a share, the first ones; all where None."""
         rank, ranks = window.node.rank, window.node.size
         vectors = [window.array(r, offset, size, dtype) for r in range(ranks)]
         self.sums = vectors[0]
-        self.share = slice(*split(size, ranks, rank))
+        adding = adding or ranks
+        self.share = slice(*split(size, adding, rank)) if rank < adding else slice(size, size)
         """What this rank adds up."""
         mine = [vector[self.share] for vector in vectors]
         self._sum = shared_sum(mine, self.sums[self.share], written, summed)
