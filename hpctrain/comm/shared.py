@@ -125,7 +125,7 @@ def _mapped(node: MPI.Intracomm, nbytes: int, start: int, mine: int, purpose: st
     if errors:
         raise SharedMemoryError(
             f"{purpose}: the {node.size} ranks of a host cannot share {memory.mib(nbytes)}: {errors[0]}; "
-            f"run them in one container"
+            f"run them in one container, or set plan.allreduce to an algorithm that sends messages, for instance ring"
         )
     return found
 

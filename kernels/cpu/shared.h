@@ -14,16 +14,16 @@ namespace hpctrain {
 using Flag = std::int64_t;
 
 // Everything written before is seen by whoever sees `value`.
-void post(Flag *flag, Flag value);
+void post(Flag* flag, Flag value);
 
 // Whether `flag` has come to `value`, once it has or so many microseconds have
 // passed. Spins for a moment, then gives the core to others: there may be more
 // ranks than cores.
-bool await(const Flag *flag, Flag value, double microseconds);
+bool await(const Flag* flag, Flag value, double microseconds);
 
 // out[i] = ((from[0][i] + from[1][i]) + from[2][i]) + ...; `out` may be one of
 // these. bf16 is added up in float and rounded once.
 template <class T>
-void add_up(Index n, const std::vector<const T *> &from, T *out);
+void add_up(Index n, const std::vector<const T*>& from, T* out);
 
-} // namespace hpctrain
+}  // namespace hpctrain

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tracemalloc
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 from random import Random
 from time import sleep
@@ -73,16 +72,21 @@ def sleepy(monkeypatch: pytest.MonkeyPatch, rng: Random) -> None:
         *((Gradients, name) for name in ("begin", "completed", "_start", "finish", "scale", "publish")),
         *((Executor, name) for name in ("_forward_step", "_backward_step")),
     ):
+        monkeypatch.setattr(owner, name, late(getattr(owner, name), rng))
 
-        def late(self: Any, real: Any, *args: Any, **kwargs: Any) -> Any:
-            if rng.random() < 0.05:
-                sleep(rng.random() * 1e-3)
-            found = real(self, *args, **kwargs)
-            if rng.random() < 0.05:
-                sleep(rng.random() * 1e-3)
-            return found
 
-        monkeypatch.setattr(owner, name, partialmethod(late, getattr(owner, name)))
+def late(real: Any, rng: Random) -> Any:
+    """`real`, at times begun or left late."""
+
+    def found(*args: Any, **kwargs: Any) -> Any:
+        if rng.random() < 0.05:
+            sleep(rng.random() * 1e-3)
+        result = real(*args, **kwargs)
+        if rng.random() < 0.05:
+            sleep(rng.random() * 1e-3)
+        return result
+
+    return found
 
 
 def long_run(comm: Any, way: str, data: Data, scale: float) -> Any:
