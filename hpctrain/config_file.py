@@ -155,6 +155,7 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("train", "nonfinite"), "cannot skip with sync.strategy 'backup': replicas would no longer agree")
     if (config.debug.delay_rank is None) != (config.debug.delay_seconds == 0):
         yield Problem(("debug", "delay_seconds"), "needs debug.delay_rank, which needs it: give both or none")
+    yield from _sums(config)
     if optim.scale_lr == "none" and optim.base_batch != Optim(lr=1).base_batch:
         yield Problem(("optim", "base_batch"), "has no effect without optim.scale_lr = 'linear'")
     if config.run.abort_seconds <= config.run.stall_seconds:
@@ -168,6 +169,24 @@ def _contradictions(config: Config) -> Iterator[Problem]:
             has = f"train.batch / train.accumulate has samples ({train.batch} / {train.accumulate})"
             remedy += ", or accumulate in fewer parts"
         yield Problem(("plan", "grid", "batch"), f"more blocks than {has}; {remedy}")
+
+
+def _sums(config: Config) -> Iterator[Problem]:
+    """What is said of gradient sums that does not go together."""
+    optim, strategy, codec = config.optim, config.sync.strategy, config.compress.codec
+    sharing = (("optim", "shard"), optim.shard), (("memory", "share_weights"), config.memory.share_weights)
+    for path in (path for path, asked in sharing if asked):
+        if strategy != "allreduce":
+            text = f"needs sync.strategy 'allreduce', not {strategy!r}, where all ranks of a replica change all weights"
+            yield Problem(path, f"{text}; set it to false")
+        if codec != "none":
+            yield Problem(path, f"cannot go with compress.codec {codec!r}, which sums whole gradients; set one of them")
+    if codec == "topk" and optim.name != "sgd":
+        text = f"'topk' takes over the momentum of optimizer sgd, and optim.name is {optim.name!r}"
+        yield Problem(("compress", "codec"), f"{text}; choose sgd or another codec")
+    if codec == "topk" and optim.nesterov:
+        text = "'topk' takes over the momentum, and knows no other form of it"
+        yield Problem(("optim", "nesterov"), f"{text}; set it to false or choose another compress.codec")
 
 
 def _without_effect(

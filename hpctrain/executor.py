@@ -12,13 +12,13 @@ import numpy as np
 from hpctrain.backends.base import Array, Backend
 from hpctrain.binding import Arena, Step, bind_op, exchanges, statistics
 from hpctrain.comm.exchange import Way
-from hpctrain.comm.grid import ProcessGrid
+from hpctrain.comm.grid import Grids
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.gradients import Gradients, Summing
 from hpctrain.graph import Graph
 from hpctrain.layers import Phase
-from hpctrain.parameters import Group, Parameters, Tensor, sorted_by_group
-from hpctrain.partition import Box, Partition
+from hpctrain.parameters import Parameters, Tensor, sorted_by_group
+from hpctrain.partition import Box
 from hpctrain.planner.arena import Buffers
 from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import differentiable, edges, layouts
@@ -68,12 +68,12 @@ class Executor:
         self.comm = comm.Dup()
         self.seconds = {"compute": 0.0, "exchange": 0.0, "allreduce": 0.0}
         """Time this rank has spent in each phase."""
-        self._grids: dict[Partition, ProcessGrid] = {}
+        self._grids = Grids(self.comm)
         self.layouts = layouts(graph, plan)
         self._differentiable, self._losses = differentiable(graph), graph.losses
         self.schedule = schedule(graph, self.layouts, economy)
         units, declared = [unit.names for unit in self.schedule.units], sorted_by_group(self.layouts.values())
-        self.gradients = Gradients(self.comm, plan, declared, units, exact(self.dtype), summing, self._replicas, seed)
+        self.gradients = Gradients(self.comm, plan, declared, units, exact(self.dtype), summing, self._grids.sub, seed)
         self.parameters = Parameters(self.layouts.values(), comm.rank, self.dtype, seed, self.gradients.allocate)
         self.gradients.publish()
         self.state = [
@@ -238,29 +238,17 @@ class Executor:
             exchange.free()
         self.arena.free()
         self.gradients.free()
-        for grid in self._grids.values():
-            grid.free()
+        self._grids.free()
         self.comm.Free()
 
     # --- binding ---------------------------------------------------------------------------------------------------
-
-    def _grid(self, partition: Partition) -> ProcessGrid:
-        """The process grid of a partition; collective when first asked for."""
-        if partition not in self._grids:
-            self._grids[partition] = ProcessGrid(self.comm, partition)
-        return self._grids[partition]
-
-    def _replicas(self, group: Group) -> MPI.Intracomm | None:
-        """The ranks that hold what this one holds of a group's parameters; None if that is nothing. Collective."""
-        partition, axes = group
-        return self._grid(partition).sub(axes)
 
     def _bind(self, unit: Unit, found: Buffers) -> Step:
         place = self.layouts[unit.head]
         mine = {n: self.parameters.by_name[f"{unit.head}.{n}"] for n in place.weights}
         owned = {t.name.rpartition("."): t.array for t in self.state}
         running = {name: array for (layer, _, name), array in owned.items() if layer == unit.head}
-        op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grid)
+        op, active = bind_op(unit, place, self.rank, self.seed, self.backend, self.dtype, mine, self._grids.grid)
         partial = self.exchanges.get((unit.head, None))
         consumers = ((node.name, slot) for node, slot in self.graph.consumers(unit.name))
         return Step(

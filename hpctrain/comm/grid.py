@@ -39,3 +39,28 @@ class ProcessGrid:
         """Release the communicators. Collective."""
         for comm in (*self._subs.values(), *([self.comm] if self.active else [])):
             comm.Free()
+
+
+class Grids:
+    """The process grids over the ranks of `comm`, each made when first asked for, collectively."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._found: dict[Partition, ProcessGrid] = {}
+
+    def grid(self, partition: Partition) -> ProcessGrid:
+        """Of a partition. Collective at first."""
+        if partition not in self._found:
+            self._found[partition] = ProcessGrid(self._comm, partition)
+        return self._found[partition]
+
+    def sub(self, group: tuple[Partition, tuple[str, ...]]) -> MPI.Intracomm | None:
+        """The ranks that hold what this one holds along all other axes; None if that is nothing. Collective."""
+        partition, axes = group
+        return self.grid(partition).sub(axes)
+
+    def free(self) -> None:
+        """Release the communicators. Collective."""
+        for grid in self._found.values():
+            grid.free()
+        self._found.clear()

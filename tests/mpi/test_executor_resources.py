@@ -12,8 +12,8 @@ from executing import forward_backward, known, load_weights, serial
 from mpi4py import MPI
 from networks import NETWORKS, draw, network, random_plan, single, with_loss, with_partitions
 
-from hpctrain import executor as executor_module
 from hpctrain.backends.reference import Reference
+from hpctrain.comm import grid as grid_module
 from hpctrain.comm.grid import ProcessGrid
 from hpctrain.errors import BackendUnavailable, PlanError
 from hpctrain.executor import Executor
@@ -147,7 +147,7 @@ def test_free_releases_every_communicator(comm: Any, monkeypatch: pytest.MonkeyP
             super().__init__(comm, partition)
             grids.append(self)
 
-    monkeypatch.setattr(executor_module, "ProcessGrid", Recorded)
+    monkeypatch.setattr(grid_module, "ProcessGrid", Recorded)
     net = network("batch norm")
     plan = with_partitions(net, {}, other=Partition(batch=comm.size))
     executor = Executor(net, plan, comm, Reference(), "float64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -106,9 +107,10 @@ def long_run(comm: Any, way: str, data: Data, scale: float) -> Any:
     return found
 
 
-@pytest.mark.parallel([2, 3, 4])
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize(
+    ("way", "compiled"), [*((way, True) for way in WAYS), ("shared", False), ("weights shared, overlapped", False)]
+)
 def test_late_ranks_change_no_bit(
     comm: Any, way: str, compiled: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,44 +247,43 @@ def test_nothing_large_is_allocated_after_the_first_step(comm: Any, way: str) ->
     executor.free()
 
 
-def windows() -> list[str]:
-    """Files of shared memory that this process has mapped."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted({line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line or "/tmp/" in line})
+def windows() -> int:
+    """How many stretches of memory this process shares with other ranks."""
+    return sum("/memfd:hpctrain" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-@pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("way", ["shared, overlapped", "weights shared", "sharded"])
 def test_fifty_executors_leave_nothing_behind(comm: Any, way: str) -> None:
     net, (allreduce, summing) = tiny(), WAYS[way]
-    data, before, seen = draw(net, 0), None, set()
+    data, before, during = draw(net, 0), None, 0
+    files = len(os.listdir("/proc/self/fd"))
     for number in range(50):
         executor = bound(net, replicated(net, comm.size, allreduce), comm, data, summing)
         forward_backward(executor, data, 0)
         during = windows()
         executor.free()
+        del executor
         probe = comm.Dup()
         found = windows(), probe.py2f()
         probe.Free()
-        seen |= set(during) - set(found[0])
         if number == 2:  # MPI keeps some things for good
             before = found
     assert found == before, "windows, and the number of a new communicator"
-    comm.Barrier()
-    assert not [path for path in seen if Path(path).exists()]
-    assert bool(seen) == ("shared" in way), "the test sees windows"
+    assert during > found[0] or way == "sharded", "the test sees windows"
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 @pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize(("share_weights", "remedy"), [(False, "plan.allreduce"), (True, "memory.share_weights")])
-def test_too_little_shared_memory_is_refused_on_all_ranks(
-    comm: Any, share_weights: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_too_little_memory_is_refused_on_all_ranks(
+    comm: Any, share_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where only one rank of the host notices; and the remedy is the setting that asked for it."""
+    """Where only one rank of the host notices."""
     monkeypatch.setattr(shared, "room", lambda: 10_000 if comm.rank == 1 else 2**40)
-    net = large()
-    summing = Summing(share_weights=share_weights)
-    with pytest.raises(SharedMemoryError, match=rf"2\.\d MiB.*{remedy}"):
+    net, summing = large(), Summing(share_weights=share_weights)
+    need = "1.9 MiB of gradients.* to be shared by the . ranks.*has 0.0 MiB left; use more hosts or less memory"
+    with pytest.raises(SharedMemoryError, match=need):
         Executor(net, replicated(net, comm.size, "shared"), comm, Reference(), "float64", summing=summing)
 
 

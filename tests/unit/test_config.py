@@ -237,6 +237,42 @@ def test_hash_is_the_same_in_every_process(file: Path) -> None:
             7,
             ("plan.grid.batch = 2", "train.batch / train.accumulate", "(64 / 64)", "accumulate in fewer parts"),
         ),
+        (
+            "lr = 1",
+            "lr = 1\nshard = true\n[sync]\nstrategy = 'local'",
+            10,
+            ("optim.shard = true", "needs sync.strategy 'allreduce', not 'local'", "set it to false"),
+        ),
+        (
+            "batch = 64",
+            "batch = 64\n[memory]\nshare_weights = true\n[sync]\nstrategy = 'backup'",
+            14,
+            ("memory.share_weights = true", "needs sync.strategy 'allreduce', not 'backup'", "set it to false"),
+        ),
+        (
+            "lr = 1",
+            "lr = 1\nshard = true\n[compress]\ncodec = 'fp16'",
+            10,
+            ("optim.shard = true", "cannot go with compress.codec 'fp16'", "set one of them"),
+        ),
+        (
+            "batch = 64",
+            "batch = 64\n[memory]\nshare_weights = true\n[compress]\ncodec = 'qsgd'",
+            14,
+            ("memory.share_weights = true", "cannot go with compress.codec 'qsgd'", "set one of them"),
+        ),
+        (
+            "lr = 1",
+            "name = 'adam'\nlr = 1\n[compress]\ncodec = 'topk'",
+            12,
+            ('compress.codec = "topk"', "optim.name is 'adam'", "choose sgd or another codec"),
+        ),
+        (
+            "lr = 1",
+            "lr = 1\nmomentum = 0.5\nnesterov = true\n[compress]\ncodec = 'topk'",
+            11,
+            ("optim.nesterov = true", "takes over the momentum", "set it to false or choose another compress.codec"),
+        ),
         ("batch = 64", "batch = 64\n[checkpoint]\nkeep = 1", 14, ("checkpoint.keep = 1", "at least 2")),
     ],
 )
@@ -251,6 +287,18 @@ def test_mistake_is_named_with_line_key_value_and_remedy(
 def test_linear_scaling_lets_rates_fall_from_the_scaled_one(file: Path) -> None:
     given = "lr = 1\nscale_lr = 'linear'\nbase_batch = 16\n[optim.schedule]\nname = 'cosine'\nfinal_lr = 3"
     assert config_file.load(changed(file, "lr = 1", given)).optim.full_lr(64) == 4.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.shard=true", "memory.share_weights=true", "train.accumulate=4"),
+        ("compress.codec=topk", "optim.momentum=0.9"),
+        ("compress.codec=onebit", "optim.name=adam", "sync.strategy=local"),
+    ],
+)
+def test_sums_of_gradients_that_go_together(file: Path, overrides: tuple[str, ...]) -> None:
+    config_file.load(file, overrides)
 
 
 def test_all_mistakes_are_listed(file: Path) -> None:
