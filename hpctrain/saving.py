@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from hpctrain import checkpoint, runfolder
-from hpctrain.checkpoint.tensors import blocks, fill, owned, restore
+from hpctrain.checkpoint.tensors import blocks, fill, owned, rank_blocks, restore, restore_rank
 from hpctrain.checkpoint.writer import Block
 from hpctrain.comm.replicas import Replicas
 from hpctrain.comm.watched import watched
@@ -75,6 +75,9 @@ class Saver:
         flat = executor.parameters
         kept = [tensor for name, array in optimizer.state.items() for tensor in flat.like(array, name)]
         self.tensors: list[Tensor] = [*executor.tensors(), *kept]
+        codecs = executor.gradients.codecs.values()
+        self._unsent = {f"codec{i}/{name}": a for i, codec in enumerate(codecs) for name, a in codec.state.items()}
+        """What codecs keep of this rank's gradients."""
         self.own = owned(self.tensors, f"replica{self.replicas.index}") if self._apart else []
         self.identity = {"config": config_hash(config), "data": data_uuid}
         self.saved: int | None = None
@@ -99,6 +102,7 @@ class Saver:
             "updates": self.optimizer.updates,
             "optim": self._optim(),
             "sync": self._sync(),
+            "codec": self._codec(),
             "replicas": self.replicas.across.allgather({**asdict(mine), "updates": self.optimizer.updates}),
         }
         folder = self.folder / "checkpoints"
@@ -108,13 +112,13 @@ class Saver:
 
     def _blocks(self) -> list[Block]:
         """What this rank writes: its share of the means, in replica 0, and of what its replica has."""
-        rank = self.replicas.inside.rank
+        rank, unsent = self.replicas.inside.rank, rank_blocks(self._unsent, self.world.rank)
         if not self._apart:
-            return blocks(self.tensors, rank)
+            return blocks(self.tensors, rank) + unsent
         means = [replace(t, array=average(self.replicas, t.array)) for t in self.tensors]
         for name, vector in self.strategy.state().items():
             means += self.executor.parameters.like(vector, f"sync/{name}")
-        return blocks([*self.own, *(means if self.replicas.index == 0 else ())], rank)
+        return blocks([*self.own, *(means if self.replicas.index == 0 else ())], rank) + unsent
 
     def _shared(self, found: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
         """What the strategy had."""
@@ -149,9 +153,11 @@ class Saver:
             if same:
                 fill(found, self.own)
             shared = self._shared(found) if same else {}
+            kept = self._same_codecs(found) and restore_rank(found, self._unsent, self.world.rank)
         self.strategy.load(shared)
         self.saved = None if elsewhere else found.step
         self._say_resumed(found)
+        self._say_codec(found, kept)
         state = found.state["replicas"][self.replicas.index] if same else found.state
         self.optimizer.updates = state.get("updates", found.step)  # earlier checkpoints are of optimizers without
         totals = Totals(**state["totals"]) if same or self.replicas.index == 0 else Totals()
@@ -184,6 +190,25 @@ class Saver:
         before, now = found.state["optim"], self._optim()
         for key in sorted(key for key in now if now[key] != before.get(key)):
             self.console.note(f"changed since then: {key} = {before.get(key)} -> {now[key]}")
+
+    def _same_codecs(self, found: checkpoint.Checkpoint) -> bool:
+        """Whether every rank compressed the same gradients in the same way."""
+        mine = {"codec": self._codec(), "plan": self._partitions(), "sync": self._sync(), "ranks": self.world.size}
+        return all(found.state.get(key) == value for key, value in mine.items())
+
+    def _say_codec(self, found: checkpoint.Checkpoint, kept: bool) -> None:
+        before, now = found.state.get("codec"), self._codec()
+        if not kept and (before is not None or now is not None):
+            names = [codec["name"] if codec else "none" for codec in (before, now)]
+            self.console.note(
+                f"what compress.codec had yet to send is lost, and starts from zero: saved by {names[0]!r} on "
+                f"{found.state['ranks']} ranks, now {names[1]!r} on {self.world.size}"
+            )
+
+    def _codec(self) -> dict[str, Any] | None:
+        """What decides what codecs keep; None without."""
+        compress = self.config.compress
+        return None if compress.codec == "none" else {"name": compress.codec, "rank": compress.rank}
 
     def _optim(self) -> dict[str, Any]:
         """What decides how weights are updated from here on, by key of the config."""

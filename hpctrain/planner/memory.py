@@ -41,6 +41,7 @@ from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import KEEP, Economy, schedule, segments_to_try
+from hpctrain.planner.weights import Weights, weights
 from hpctrain.precision import TYPES, exact
 from hpctrain.regions import Share, owners
 
@@ -55,7 +56,8 @@ class Memory:
     parameters: int
     """Weights and their gradients, sums of the gradients of a batch's parts, and copies of the weights in bf16."""
     optimizer: int
-    """What the optimizer keeps per weight, and computes in."""
+    """What the optimizer keeps per weight, and computes in. Where ranks update shares of several buckets, each of them
+    may be an element longer or shorter than what is counted here."""
     statistics: int
     """Running statistics."""
     tensors: int
@@ -95,12 +97,15 @@ def predict(
     economy: Economy = KEEP,
     accumulate: bool = False,
     hosts: Sequence[int] | None = None,
+    shard: bool = False,
+    share_weights: bool = False,
 ) -> dict[int, Memory]:
     """{rank: what it needs to train `graph` by `plan`} for `ranks`, or for all that the plan uses.
 
     `optimizer_arrays` says how many numbers the optimizer keeps per weight: 1 for momentum, 2 for Adam, 3 for LAMB.
     `graph` is for what is computed at a time: where `accumulate`, that is a part of a batch. `hosts` has a number for
-    each rank; None: every rank is on a host of its own, which takes the most memory.
+    each rank; None: every rank is on a host of its own, which takes the most memory. `shard` and `share_weights` are
+    those of the config; what ranks of a host share is counted with the first of them that has it.
     """
     places, dtype = layouts(graph, plan), TYPES[precision]
     moved, order = edges(graph, plan, places), schedule(graph, places, economy)
@@ -109,7 +114,8 @@ def predict(
         arrays = buffers(graph, places, moved, order, economy, rank)
         far = range(plan.ranks) if hosts is None else [r for r, host in enumerate(hosts) if host != hosts[rank]]
         remote = set(far) - {rank}
-        found[rank] = _of_rank(places, moved, rank, remote, dtype, arrays, optimizer_arrays, backend, accumulate)
+        held = weights(places, rank, hosts, shard, share_weights)
+        found[rank] = _of_rank(places, moved, rank, remote, dtype, arrays, optimizer_arrays, backend, accumulate, held)
     return found
 
 
@@ -119,7 +125,9 @@ def of_run(
     """`predict` for a run as `config` describes it."""
     train = config.train
     arrays, saving = optim.TABLE[config.optim.name].arrays, economy(config, graph, plan)
-    return predict(graph, plan, ranks, train.precision, arrays, train.backend, saving, train.accumulate > 1, hosts)
+    shares = config.optim.shard, config.memory.share_weights
+    accumulate = train.accumulate > 1
+    return predict(graph, plan, ranks, train.precision, arrays, train.backend, saving, accumulate, hosts, *shares)
 
 
 def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
@@ -156,9 +164,9 @@ def _of_rank(
     optimizer_arrays: int,
     backend: str,
     accumulate: bool,
+    held: Weights,
 ) -> Memory:
     itemsize, full = dtype.itemsize, exact(dtype).itemsize
-    blocks = [volume(d.box(rank)) for place in places.values() for d in place.weights.values()]
     running = sum(volume(d.box(rank)) for place in places.values() for d in place.state.values()) * full
     between = [(edge, views) for edge in moved if (views := arrays.edges.get((edge.consumer, edge.slot)))]
     messages = sum(
@@ -171,11 +179,10 @@ def _of_rank(
         kept += place.node.layer.kept_bytes(size, produced, *(extent(want.box(rank)) for want in place.inputs))
         if not isinstance(place.node.layer, Input):
             workspace = max(workspace, _workspace(place, rank, size, backend))
-    weights = sum(blocks) * full
-    copies = sum(blocks) * itemsize if itemsize < full else 0
-    tensors = arena_bytes(arrays, dtype)
-    held = (3 if accumulate else 2) * weights + copies
-    return Memory(held, optimizer_arrays * weights, running, tensors, messages, kept, workspace)
+    gradients = (2 if accumulate else 1) * held.used * full
+    copies = held.used * itemsize if itemsize < full else 0
+    parameters, state = held.kept * full + gradients + copies, optimizer_arrays * held.updated * full
+    return Memory(parameters, state, running, arena_bytes(arrays, dtype), messages, kept, workspace)
 
 
 def _message_elements(edge: Edge, rank: int, far: Collection[int], found: Buffers, views: EdgeViews) -> int:
