@@ -1,7 +1,7 @@
 """Build: CMake compiles kernels/cpu into hpctrain._native; kernels/ ships as the package hpctrain.kernels.
 
-`HPCTRAIN_NATIVE=0` leaves the compiled module out: the `reference` backend then does all computing. `HPCTRAIN_BUILD` names
-the folder of CMake's build, which else is a temporary one.
+`HPCTRAIN_NATIVE=0` leaves the compiled module out: the `reference` backend then does all computing. `HPCTRAIN_BUILD`
+names the folder of CMake's build, which else is a temporary one.
 """
 
 from __future__ import annotations
