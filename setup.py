@@ -1,6 +1,7 @@
 """Build: CMake compiles kernels/cpu into hpctrain._native; kernels/ ships as the package hpctrain.kernels.
 
-`HPCTRAIN_NATIVE=0` leaves the compiled module out: the `reference` backend then does all computing.
+`HPCTRAIN_NATIVE=0` leaves the compiled module out: the `reference` backend then does all computing. `HPCTRAIN_BUILD` names
+the folder of CMake's build, which else is a temporary one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class CMakeBuild(build_ext):
         """Configure and compile; a missing tool ends the build with one line that names it."""
         require_toolchain()
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        build = Path(os.environ.get("HPCTRAIN_BUILD") or self.build_temp).resolve()
         # The build requirements' own cmake and ninja: the first ones on PATH may be too old.
         import ninja
 

@@ -36,6 +36,10 @@ SLEEP = 0.2
 """Seconds that the delayed rank sleeps in each step."""
 
 
+LEARNING = {"mlp": 0.02, "cosmoflow": 0.001}
+"""Rates of the real runs."""
+
+
 def main() -> None:
     """Simulate, measure, judge, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,7 +180,7 @@ def run(folder: Path, data: str, network: str, ranks: int, words: Sequence[str])
         config = Path(place, "run.toml")
         config.write_text(
             f'[model]\nname = "{network}"\n[data]\ntrain = "{folder}/{data}/train"\ntest = "{folder}/{data}/test"\n'
-            f"[optim]\nlr = 0.02\nmomentum = 0.9\nnesterov = true\n[train]\nepochs = 1\nbatch = 1\n"
+            f"[optim]\nlr = {LEARNING[network]}\nmomentum = 0.9\nnesterov = true\n[train]\nepochs = 1\nbatch = 1\n"
             f'[run]\nfolder = "{place}/run"\n'
         )
         mpirun, kind = launch.find_mpirun()

@@ -203,7 +203,7 @@ def test_heading_of_a_run_fits_every_terminal(source: Path, tmp_path: Path) -> N
     ended = runs.train(4, config, "train.backend=native", "train.precision=float32", "train.steps=1")
     assert ended.status == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert re.match(r"4 ranks of \d+ threads?, grid height=2 x contraction=2, ring", lines[0])
+    assert re.match(r"4 ranks of \d+ threads?, grid height=2 x contraction=2; ", lines[0])
     assert any(" -> " in line for line in lines)
     assert max(len(line) for line in lines if str(tmp_path) not in line) < 80
 
