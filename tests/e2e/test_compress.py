@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import launching
 import numpy as np
 import pytest
 import runs
@@ -60,7 +59,7 @@ def test_learns_within_a_percent(digits: Path, uncompressed: float, tmp_path: Pa
     assert found > uncompressed - 0.01
 
 
-@pytest.mark.parametrize("codec", ["fp16", "onebit", "qsgd", "topk", "powersgd"])
+@pytest.mark.parametrize("codec", ["onebit", "topk", "powersgd"])
 def test_stopped_and_resumed_gives_the_same_bits(digits: Path, tmp_path: Path, codec: str) -> None:
     """Also of what was not sent yet, and where each step comes in parts."""
     more = ["train.accumulate=2"] if codec == "topk" else []
@@ -75,7 +74,7 @@ def test_stopped_and_resumed_gives_the_same_bits(digits: Path, tmp_path: Path, c
     assert expected[0] == found[0] == 8
     assert expected[1].keys() == found[1].keys()
     private = [name for name in found[1] if name.startswith("rank")]
-    assert {name.split("/")[0] for name in private} == (set() if codec == "qsgd" else {"rank0", "rank1"})
+    assert {name.split("/")[0] for name in private} == {"rank0", "rank1"}
     assert all(found[1][name].any() for name in private)
     for name, array in expected[1].items():
         np.testing.assert_array_equal(found[1][name], array, err_msg=name)
@@ -86,8 +85,7 @@ def test_resumed_on_other_ranks_or_by_another_codec_starts_from_zero_and_says_so
     for ranks, words, says in (
         (3, ("plan.grid.batch=3",), "saved by 'onebit' on 2 ranks, now 'onebit' on 3"),
         (3, ("compress.codec=powersgd",), "saved by 'onebit' on 3 ranks, now 'powersgd' on 3"),
-        (3, ("compress.codec=powersgd", "compress.rank=1"), "saved by 'powersgd' on 3 ranks, now 'powersgd' on 3"),
-        (3, ("compress.codec=none", "compress.force=false", "compress.rank=2"), "saved by 'powersgd' on 3 ranks, now"),
+        (3, ("compress.codec=none", "compress.force=false"), "saved by 'powersgd' on 3 ranks, now 'none' on 3"),
     ):
         step = runs.final_tensors(folder)[0] + 2
         ended = runs.train(ranks, "--resume", folder, f"train.steps={step}", *words)
@@ -101,14 +99,7 @@ def test_refused_where_it_is_slower_with_the_figures(digits: Path, tmp_path: Pat
     config = runs.write_config(tmp_path / "run.toml", digits, tmp_path / "run", "batch = 2", 1, model="mlp")
     ended = runs.train(2, config, "compress.codec=powersgd")
     assert ended.status == 2
+    assert ended.stderr.count("compress.force = true") == 1, "said once"
     for words in ("compress.codec", "powersgd", "slower", "compress.force = true", "ms of sending", "against"):
         assert words in ended.stderr, f"{words!r} in {ended.stderr}"
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_launcher_sees_one_message(digits: Path, tmp_path: Path) -> None:
-    """The refusal is the same on all ranks, so that it is printed once."""
-    config = runs.write_config(tmp_path / "run.toml", digits, tmp_path / "run", "batch = 3", 1, model="mlp")
-    ended = launching.run(runs.command(3, "train", config, "compress.codec=topk"), 60)
-    assert ended.status == 2
-    assert ended.stderr.count("compress.force = true") == 1
