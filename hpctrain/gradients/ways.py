@@ -73,7 +73,8 @@ class ByMessages:
 
     def free(self) -> None:
         """As in Way."""
-        self.link.free()
+        for lane in self._lanes:
+            lane.free()
 
 
 class Sharded(ByMessages):
