@@ -69,6 +69,11 @@ def notes(executor: Executor) -> list[str]:
     """What the head of a run says of its exchanges, unless there is nothing to say, and its gradient sums."""
     gradients, by = executor.gradients, executor.exchange_by
     lines = [] if by == MESSAGES else [f"exchange on a host by {by}"]
+    if gradients.choices and gradients.settings.share_weights:
+        return [*lines, "gradients: summed in the memory of each host, where weights lie once; ranks update shares"]
+    if gradients.choices and gradients.settings.shard:
+        how = gradients.how()
+        return [*lines, f"gradients: reduced and scattered by a ring, ranks update shares and gather the weights{how}"]
     for name in dict.fromkeys(gradients.choices.values()):
         groups = [group for group, chosen in gradients.choices.items() if chosen == name]
         why = next((gradients.why[group] for group in groups if group in gradients.why), "as the plan says")

@@ -252,7 +252,6 @@ class Gradients:
         said = [
             ", compressed by " + settings.compress.codec if settings.compress.codec != "none" else "",
             ", while backward goes on" if self.overlap else "",
-            ", weights once per host" if settings.share_weights else ", updates sharded" if settings.shard else "",
         ]
         return "".join(said)
 
