@@ -12,6 +12,9 @@ from hpctrain.errors import PlanError
 
 MIB = 2**20
 
+WINDOW = "hpctrain"
+"""The name of memory that processes share, as the system tells it."""
+
 
 class Room(NamedTuple):
     """Bytes that can still be taken, and what keeps it from being more."""
@@ -26,9 +29,29 @@ def mib(nbytes: int) -> str:
 
 
 def peak() -> int:
-    """The most bytes of memory that this process has had resident so far."""
+    """The most bytes of memory that this process has had resident so far; of what it shares with others its part."""
     # ru_maxrss would count what the process that started this one had
-    return _status().get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = _status().get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most - of_others()
+
+
+def of_others() -> int:
+    """Of the resident windows that this process shares, what counts for the others: a page is one nth of n processes'.
+
+    0 where the system does not tell.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return 0
+    found, ours = 0, False
+    for line in lines:
+        words = line.split()
+        if not words[0].endswith(":"):  # a mapping begins
+            ours = f"/memfd:{WINDOW}" in line
+        elif ours and words[0] in ("Rss:", "Pss:"):
+            found += int(words[1]) * 1024 * (1 if words[0] == "Rss:" else -1)
+    return found
 
 
 def process_room() -> Room | None:

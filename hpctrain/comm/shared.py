@@ -102,7 +102,7 @@ def _mapped(node: MPI.Intracomm, nbytes: int, start: int, mine: int, purpose: st
     made: tuple[int, int, tuple[int, int]] | None = None
     try:
         if node.rank == 0:
-            fd = os.memfd_create("hpctrain")
+            fd = os.memfd_create(memory.WINDOW)
             os.ftruncate(fd, nbytes)
             made = os.getpid(), fd, _identity(fd)
     except OSError as raised:

@@ -27,6 +27,7 @@ from summing import (
     weights,
 )
 
+from hpctrain import memory
 from hpctrain.backends.reference import Reference
 from hpctrain.comm import shared
 from hpctrain.comm.shared import Window
@@ -296,3 +297,16 @@ def test_windows_start_at_pages_with_flags_at_zero(comm: Any) -> None:
         assert [window.flag(rank, i)[0] for rank in range(2) for i in range(flags)] == [0] * 2 * flags
         comm.Barrier()
         window.free()
+
+
+@pytest.mark.parallel([2, 3])
+def test_memory_of_a_process_counts_its_part_of_shared_pages(comm: Any) -> None:
+    nbytes, before = 2**24, memory.of_others()
+    window = Window(comm, nbytes, 0, "test")
+    for segment in window.segments:
+        segment.fill(1)
+    comm.Barrier()
+    others = memory.of_others() - before
+    comm.Barrier()
+    window.free()
+    assert abs(others - (comm.size - 1) * nbytes) < 2**20
