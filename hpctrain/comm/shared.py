@@ -45,7 +45,7 @@ def room() -> int:
 class Window:
     """Memory of every rank of `node` that all of them see. Collective.
 
-    It is a file without a name (memfd), not one of MPI's windows: those can take Open MPI 30 ms each, and lie in
+    It is a file without a name (memfd), not one of MPI's windows: those take Open MPI long to make, and lie in
     /dev/shm, which has 64 MiB in many containers. It goes when the last array of it goes, and with killed ranks.
     Raises SharedMemoryError, on all ranks alike, where there is not enough, or no such file.
     """
