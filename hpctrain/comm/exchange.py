@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util import dtlib
 
+from hpctrain.comm.link import MOST_ELEMENTS, one_element
 from hpctrain.comm.neighbours import Neighbours
 from hpctrain.comm.watch import WATCH
 from hpctrain.partition import Box, Shape, contains, extent, volume, within
 from hpctrain.precision import BF16
 from hpctrain.regions import Region, Share, owners
-
-MOST_ELEMENTS = 2**31 - 1
-"""Of one message, before MPI 4: counts are C ints."""
 
 Copy = tuple[np.ndarray, np.ndarray]
 """(to, from): two views of one shape."""
@@ -94,13 +91,8 @@ class Way:
         buffer = buffer.view(np.uint16) if buffer.dtype == BF16 else buffer  # MPI has no such type
         if buffer.size <= MOST_ELEMENTS:
             return buffer
-        element = dtlib.from_numpy_dtype(buffer.dtype)
-        runs, rest = divmod(buffer.size, MOST_ELEMENTS)
-        run = element.Create_contiguous(MOST_ELEMENTS)
-        offset = runs * MOST_ELEMENTS * buffer.itemsize
-        self._types.append(MPI.Datatype.Create_struct([runs, rest], [0, offset], [run, element]).Commit())
-        run.Free()
-        return [buffer, 1, self._types[-1]]
+        self._types.append(one_element(buffer.size, buffer.itemsize))
+        return [buffer.view(np.uint8), 1, self._types[-1]]
 
     def reserve(self) -> np.ndarray:
         """The array to write before `start`."""

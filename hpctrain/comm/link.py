@@ -159,7 +159,7 @@ class Link:
             return array
         key = array.size, array.itemsize
         if key not in self._types:
-            self._types[key] = _one_element(*key)
+            self._types[key] = one_element(*key)
         return [array.view(np.uint8), 1, self._types[key]]
 
     def scratch(self, size: int, dtype: np.dtype) -> np.ndarray:
@@ -205,7 +205,7 @@ def _nothing() -> MPI.Request:
     return MPI.REQUEST_NULL
 
 
-def _one_element(size: int, itemsize: int) -> MPI.Datatype:
+def one_element(size: int, itemsize: int) -> MPI.Datatype:
     """The type of an array of so many elements, of any type of that length."""
     from mpi4py import MPI
 
