@@ -68,7 +68,7 @@ sources = [f"hpctrain.kernels.{name}" for name in find_namespace_packages("kerne
 setup(
     packages=[*find_packages(include=["hpctrain", "hpctrain.*"]), "hpctrain.kernels", *sources],
     package_dir={"hpctrain.kernels": "kernels"},
-    package_data={"": ["py.typed", "*.cpp", "*.h", "*.cu", "*.cuh"]},
+    package_data={"": ["py.typed", "machines/*.json", "*.cpp", "*.h", "*.cu", "*.cuh"]},
     ext_modules=[Extension("hpctrain._native", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpctrain import machine
 from hpctrain.comm import allreduce
-from hpctrain.comm.allreduce import choose, measure, measured
+from hpctrain.comm.allreduce import choose, measure
 from hpctrain.comm.allreduce.choose import Surroundings
-from hpctrain.comm.allreduce.measured import Level, Measured, Table, numbered
 from hpctrain.comm.allreduce.shared import FLAGS
 from hpctrain.comm.link import Link
 from hpctrain.comm.shared import Window
@@ -21,6 +21,7 @@ from hpctrain.comm.world import World, all_ranks
 from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.files import write_atomic
 from hpctrain.errors import ConfigError
+from hpctrain.machine import Level, Machine, Table, numbered
 from hpctrain.precision import TYPES
 
 SIZES = tuple(1024 * 4**i for i in range(9))
@@ -85,11 +86,11 @@ def run_allreduce(world: World, options: Options) -> int:
 
 def calibrate(world: World, options: Options, out: Path | None) -> int:
     """Measure messages and algorithms on these ranks, and write them where the chooser looks."""
-    console, path = Console(world.rank), out or measured.default_path()
+    console, path = Console(world.rank), out or machine.default_path()
     old = None
     with all_ranks(world.comm):
         if world.rank == 0:
-            old = measured.load(path)
+            old = machine.load(path)
     with Ranks(world) as ranks:
         console.note(f"{ranks}, {world.library}; to {path}")
         near, far = measure.levels(ranks.link)
@@ -99,7 +100,7 @@ def calibrate(world: World, options: Options, out: Path | None) -> int:
             for name, median in ranks.time(nbytes, options).items():
                 seconds.setdefault(name, {})[nbytes] = median
         tables = (Table(numbered(ranks.hosts), seconds),) if seconds else ()
-        found = Measured(world.library, near, far, tables)
+        found = Machine(world.library, near, far, tables)
         room, records = choose.least_room(world.comm), []
         for nbytes in options.sizes if seconds else ():
             taken = {name: times[nbytes] for name, times in seconds.items()}
@@ -115,12 +116,12 @@ def calibrate(world: World, options: Options, out: Path | None) -> int:
     return 0
 
 
-def _write(path: Path, found: Measured) -> None:
+def _write(path: Path, found: Machine) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); give --out a path in a folder of yours") from None
-    write_atomic(path, measured.encode(found))
+    write_atomic(path, machine.encode(found))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

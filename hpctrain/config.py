@@ -32,6 +32,9 @@ Allreduce = Literal[
 ]
 """The names of comm.allreduce.TABLE."""
 
+Axis = Literal["batch", "depth", "height", "width", "channel", "contraction"]
+"""Those of partition.AXES."""
+
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which network."""
@@ -40,6 +43,19 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A network of the zoo, or `"net.py:build"`: a function in a file that returns a Graph."""
     options: dict[str, Any] = {}
     """Keyword arguments of its builder."""
+
+
+class Sample(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one sample of data that are elsewhere looks like."""
+
+    shape: tuple[Count, ...]
+    """Of x, channels last."""
+    classes: Count | None = None
+    """y is a label, or one for each of `positions`; or absent, and y is `values` numbers."""
+    values: Count = 1
+    positions: tuple[Count, ...] = ()
+    count: Count
+    """How many samples there are."""
 
 
 class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,6 +69,8 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Shift and scale inputs by the training set's mean and deviation."""
     verify: bool = False
     """Read all data once at the start, shared among the ranks, and compare its hashes."""
+    sample: Sample | None = None
+    """What `hpctrain plan` takes for a sample where the data are not there."""
 
 
 class Grid(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,7 +93,16 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the work is cut over ranks."""
 
     grid: Grid | Name = Grid()
-    """One grid for all layers, or the path of a plan.json."""
+    """One grid for all layers, the path of a plan.json, or "auto": the planner finds how to cut each layer."""
+    machine: Name | None = None
+    """auto: the machine it is for, by name or file; this one, as calibrated, when absent."""
+    objective: Literal["time", "energy", "cost"] = "time"
+    """auto: what shall be least of an epoch."""
+    fewer: Literal["none", "head", "all"] = "head"
+    """auto: which layers may be cut over fewer ranks than there are: none, those from the last pooling or flattening
+    on, or all."""
+    only: dict[str, tuple[Axis, ...]] = {}
+    """auto: by kind of layer, the axes that it may be cut along: { Conv = ["batch", "height"] }; all where absent."""
     allreduce: Allreduce | None = None
     """The algorithm that sums gradients; as a plan file says, or else chosen by size and ranks, when absent."""
     bucket_mib: Positive = 16.0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpctrain import launch, prepare
-from hpctrain.comm.allreduce import choose, measured
+from hpctrain import launch, machine, prepare
+from hpctrain.comm.allreduce import choose
 from hpctrain.comm.shared import room
 from hpctrain.config import Config
 from hpctrain.config_file import to_toml
@@ -62,7 +62,7 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
 
 def summed(config: Config, graph: Graph, plan: Plan) -> list[str]:
     """How each group of ranks will sum its gradients, one line each; where they will run is not known yet."""
-    table = measured.load(measured.default_path())
+    table = machine.load(machine.default_path())
     lines = []
     for group, nbytes in replica_groups(graph, plan, TYPES[config.train.precision]).items():
         name = plan.algorithm(group)

@@ -26,7 +26,7 @@ LEVELS = {
             "randomness",
             "environment",
         ),
-        *("durable", "memory"),
+        *("durable", "memory", "machine"),
     ),
     1: ("comm", "backends"),
     2: ("layers", "optim"),

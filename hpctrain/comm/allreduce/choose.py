@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpctrain.comm.allreduce import TABLE, measured
+from hpctrain import machine
+from hpctrain.comm.allreduce import TABLE
 from hpctrain.comm.allreduce.cost import Network
-from hpctrain.comm.allreduce.measured import Level, Measured
 from hpctrain.comm.shared import room
+from hpctrain.machine import Level, Machine
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(nbytes: int, hosts: Sequence[int], table: Measured | None, shared_room: int) -> Choice:
+def choose(nbytes: int, hosts: Sequence[int], table: Machine | None, shared_room: int) -> Choice:
     """The algorithm for `nbytes` on ranks that lie on these `hosts`, one number each.
 
     `shared_room`: bytes that a shared window of all these ranks may take on each of their hosts.
@@ -49,7 +50,7 @@ def choose(nbytes: int, hosts: Sequence[int], table: Measured | None, shared_roo
     where = f"{len(hosts)} ranks on {_hosts(hosts)}"
     able = candidates(nbytes, hosts, shared_room)
     known = table.of(hosts) if table is not None else None
-    seconds = {} if known is None else {name: measured.at(found, nbytes) for name, found in known.seconds.items()}
+    seconds = {} if known is None else {name: machine.at(found, nbytes) for name, found in known.seconds.items()}
     if ours := {name: seconds[name] for name in able if name in seconds}:
         best = min(ours, key=lambda name: (ours[name], name))
         native = seconds.get("mpi")
@@ -74,7 +75,7 @@ def candidates(nbytes: int, hosts: Sequence[int], shared_room: int) -> list[str]
     return [name for name in TABLE if not unfit.get(name, False)]
 
 
-def price(name: str, nbytes: int, hosts: Sequence[int], table: Measured | None) -> float:
+def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None) -> float:
     """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published."""
     near = Network(*_level(table.node if table else None, NODE))
     if len(set(hosts)) == 1:
@@ -104,7 +105,7 @@ class Surroundings(NamedTuple):
 
     hosts: tuple[int, ...]
     """The host of each rank of the communicator asked for."""
-    table: Measured | None
+    table: Machine | None
     said: str
     """Which measurements are used, or why none."""
     room: int
@@ -115,11 +116,11 @@ class Surroundings(NamedTuple):
         """Those of `comm`. Collective: rank 0 reads the file for all. Raises ConfigError on all where it is damaged."""
         from hpctrain.comm.world import all_ranks
 
-        path, found = measured.default_path(), None
+        path, found = machine.default_path(), None
         with all_ranks(comm):
             if comm.rank == 0:
-                found = measured.load(path)
-        found, said = comm.bcast(measured.usable(found, path, library))
+                found = machine.load(path)
+        found, said = comm.bcast(machine.usable(found, path, library))
         return cls(tuple(hosts), found, said, least_room(comm))
 
     def choose(self, nbytes: int, ranks: Sequence[int]) -> Choice:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hpctrain.comm import allreduce
-from hpctrain.comm.allreduce.measured import Level
 from hpctrain.comm.allreduce.shared import InPlace
 from hpctrain.comm.link import Link, add
 from hpctrain.comm.shared import Window
 from hpctrain.errors import HpctrainError
+from hpctrain.machine import Level
 
 if TYPE_CHECKING:
     from mpi4py import MPI
