@@ -40,7 +40,7 @@ from hpctrain.planner.arena import Buffers, EdgeViews, arena_bytes
 from hpctrain.planner.buffers import buffers
 from hpctrain.planner.layout import Edge, Layout, edges, layouts
 from hpctrain.planner.plan import Plan
-from hpctrain.planner.schedule import KEEP, Economy, schedule, segments_to_try
+from hpctrain.planner.schedule import KEEP, LEAN, Economy, schedule, segments_to_try
 from hpctrain.planner.weights import Weights, weights
 from hpctrain.precision import TYPES, exact
 from hpctrain.regions import Share, owners
@@ -135,17 +135,16 @@ def economy(config: Config, graph: Graph, plan: Plan) -> Economy:
 
     Where it recomputes, in the number of segments that leaves rank 0 the smallest arena, as it has the longest blocks.
     """
-    lean = Economy(fuse=True, reuse=True)
     if not config.memory.recompute:
-        return lean
+        return LEAN
     places, dtype = layouts(graph, plan), TYPES[config.train.precision]
     moved = edges(graph, plan, places)
 
     def size(segments: int) -> int:
-        tried = replace(lean, recompute=segments)
+        tried = replace(LEAN, recompute=segments)
         return arena_bytes(buffers(graph, places, moved, schedule(graph, places, tried), tried, 0), dtype)
 
-    return replace(lean, recompute=min((0, *segments_to_try(graph)), key=size))
+    return replace(LEAN, recompute=min((0, *segments_to_try(graph)), key=size))
 
 
 def largest(found: dict[int, Memory]) -> tuple[int, Memory]:

@@ -33,6 +33,9 @@ class Economy:
 KEEP = Economy()
 """Every tensor of a step stays until the next."""
 
+LEAN = Economy(fuse=True, reuse=True)
+"""What runs do unless they recompute."""
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -10,7 +10,7 @@ import numpy as np
 from hpctrain import optim
 from hpctrain.config import Config
 from hpctrain.machine import Machine
-from hpctrain.planner.schedule import Economy
+from hpctrain.planner.schedule import LEAN, Economy
 from hpctrain.precision import TYPES
 
 Fewer = Literal["none", "head", "all"]
@@ -25,7 +25,7 @@ class Setting:
     backend: str = "native"
     optimizer_arrays: int = 1
     """Numbers that the optimizer keeps per weight."""
-    economy: Economy = Economy(fuse=True, reuse=True)
+    economy: Economy = LEAN
     parts: int = 1
     """Into how many parts a batch is divided, one after the other."""
     shard: bool = False
@@ -48,7 +48,7 @@ class Setting:
             train.precision,
             train.backend,
             optim.TABLE[config.optim.name].arrays,
-            Economy(fuse=True, reuse=True),
+            LEAN,
             train.accumulate,
             config.optim.shard,
             config.memory.share_weights,
