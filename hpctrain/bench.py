@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpctrain import machine
 from hpctrain.comm import allreduce
 from hpctrain.comm.allreduce import choose, measure
 from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.allreduce.shared import FLAGS
 from hpctrain.comm.link import Link
 from hpctrain.comm.shared import Window
-from hpctrain.comm.world import World, all_ranks
+from hpctrain.comm.world import World
 from hpctrain.console import Console, print_json, wrapped
-from hpctrain.data.files import write_atomic
 from hpctrain.errors import ConfigError
-from hpctrain.machine import Level, Machine, Table, numbered
 from hpctrain.precision import TYPES
 
 SIZES = tuple(1024 * 4**i for i in range(9))

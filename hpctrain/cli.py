@@ -195,17 +195,13 @@ def bench_allreduce(args: argparse.Namespace) -> int:
 
 def calibrate(args: argparse.Namespace) -> int:
     """`hpctrain calibrate`, on every rank that a launcher started."""
-    from hpctrain.comm.world import all_ranks, run_spmd
-
-    request = RunRequest(args) if args.words else None
+    from hpctrain.comm.world import run_spmd
 
     def on_each_rank(world: World) -> int:
-        from hpctrain.bench import Options
+        from hpctrain import bench
         from hpctrain.calibration import command
 
-        with all_ranks(world.comm):
-            config = None if request is None else request.load()
-        return command.run(world, config, Options.of(args), args.out)
+        return command.run(world, RunRequest(args) if args.words else None, bench.Options.of(args), args.out)
 
     return run_spmd(on_each_rank)
 
@@ -286,10 +282,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float64", "bf16"), default="float32")
     _sizes(sub)
 
-    text = "measure this machine: by this runs choose how they sum gradients, and plans are made"
-    sub = _command(commands, "calibrate", calibrate, text)
-    words = "the run whose layers are measured too, and changes to it"
-    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help=words)
+    sub = _command(commands, "calibrate", calibrate, "measure this machine: by that sums are chosen, and plans made")
+    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="a run, to measure its layers")
     sub.add_argument("-o", "--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
     sub.set_defaults(resume=None)
     _sizes(sub)

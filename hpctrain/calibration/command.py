@@ -23,6 +23,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
 from hpctrain.machine import Kernel, Level, Machine, Table, numbered
 from hpctrain.metrics import Totals
+from hpctrain.request import RunRequest
 from hpctrain.verdict import judge
 
 SECONDS = 75.0
@@ -44,13 +45,13 @@ class Wanted(NamedTuple):
     """Whether the user named it: its layers are then written, not only what follows for others."""
 
 
-def run(world: World, config: Config | None, options: Options, out: Path | None) -> int:
-    """Measure messages, sums, copies and layers on these ranks, and write them where runs and plans look."""
+def run(world: World, request: RunRequest | None, options: Options, out: Path | None) -> int:
+    """Measure messages, sums, copies and layers, those of the run asked for, and write them where runs and plans look."""
     console, path, old = Console(world.rank), out or machine.default_path(), Machine()
     with all_ranks(world.comm):
         if world.rank == 0:
             old = machine.load(path) or old
-        wanted = _network(config, options.quick)
+        wanted = _network(None if request is None else request.load(), options.quick)
         backend = backends.get(wanted.backend, wanted.exact)
     backend.use_threads(world.threads)
     with Ranks(world) as ranks:

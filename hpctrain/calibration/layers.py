@@ -166,7 +166,7 @@ def rehearse(
         done += 1
         longest = max(longest, perf_counter() - started)
     alone.Free()
-    return Rehearsed(times, updates[0] / max(1.0, updates[1]), len(asked) - done)
+    return Rehearsed(times, float(updates[0] / max(1.0, updates[1])), len(asked) - done)
 
 
 def _rounds(first: float, share: float) -> int:
