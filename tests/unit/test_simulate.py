@@ -245,6 +245,20 @@ def test_rounds_go_on_between_layers_only() -> None:
     assert timeline.seconds == pytest.approx(both + ALPHA + first * BETA, rel=1e-9)
 
 
+@pytest.mark.parametrize("where", ["hosts of one rank", "one host, messages"])
+def test_sharded_updates_split_the_ring(where: str) -> None:
+    """Half of it before the update, of a quarter of the weights, and half of it, for the weights, after it."""
+    net = EVEN["resnet18"][0]()
+    machine = msgspec.structs.replace(WHERE[where], update=MACHINE.update * 100)
+    whole = Setting(machine, allreduce="ring", overlap=False)
+    plan = uniform(net, Partition(batch=4))
+    full, split = simulate(net, plan, whole), simulate(net, plan, replace(whole, shard=True))
+    saved = 3 / 4 * full.phases(0)["update"]
+    assert split.seconds == pytest.approx(full.seconds - saved, rel=1e-6)
+    names = [span.phase for span in split.of(0)]
+    assert names.index("update") < len(names) - 1 - names[::-1].index("allreduce")
+
+
 # --- shared links ----------------------------------------------------------------------------------------------------
 
 
