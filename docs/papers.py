@@ -23,8 +23,10 @@ from hpctrain.machine import Machine, named
 from hpctrain.models import Sample
 from hpctrain.partition import Partition, volume
 from hpctrain.planner import paper
+from hpctrain.planner.cost import price
 from hpctrain.planner.layout import edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents, uniform
+from hpctrain.planner.setting import Setting
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = Path(__file__).with_suffix(".md")
@@ -190,6 +192,30 @@ def volumes() -> str:
     return table(head, rows)
 
 
+# --- arXiv 1811.01532 ------------------------------------------------------------------------------------------------
+
+WAP = {
+    (128, 1): "2560 (2244 estimated)",
+    (128, 4): "1473, another program's (1491 estimated)",
+    (2048, 1): "2482, of 512",
+    (2048, 4): "7904",
+}
+"""{(batch, GPUs): images a second of AlexNet}, tables 1 and 2."""
+
+
+def gpus() -> str:
+    """Data parallelism on 1 to 4."""
+    rows = []
+    for batch in (128, 2048):
+        found = example("alexnet-wap", f"train.batch={batch}")
+        setting = Setting.of(found.config, found.machine)
+        for ranks in range(1, 5):
+            cost = price(found.graph, uniform(found.graph, Partition(batch=ranks)), setting)
+            rows.append((batch, ranks, f"{1e3 * cost.compute:.1f}", f"{1e3 * cost.allreduce:.1f}"))
+            rows[-1] += (f"{batch / cost.seconds:.0f}", WAP.get((batch, ranks), ""))
+    return table(("batch", "GPUs", "computing, ms", "sums, ms", "images/s, here", "images/s, paper"), rows)
+
+
 # --- all -------------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -199,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "figures 9 and 10": figures_9_and_10,
     "speed-ups of figure 6": lambda: speedups(SPEEDUPS_6, "same"),
     "volumes": volumes,
+    "gpus": gpus,
 }
 """{what docs/papers.md calls a table: what makes it}"""
 
