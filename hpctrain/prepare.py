@@ -153,14 +153,6 @@ def _require_groups(graph: Graph, plan: Plan) -> None:
             raise PlanError(f"allreduce of {name!r}: no such group of ranks in this plan; {there}")
 
 
-def needed(config: Config) -> str:
-    """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
-    data, _ = open_datasets(config)
-    alone = of_replica(config, replicas(config))
-    graph = build_graph(alone, data)
-    return most_memory(alone, graph, make_plan(alone, graph))
-
-
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:
     """Which rank needs most memory, and how much; of the first `among`, as these have the longer blocks."""
     rank, need = memory.largest(memory.of_run(config, graph, plan, range(min(plan.ranks, among))))

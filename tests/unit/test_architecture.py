@@ -47,6 +47,8 @@ LEVELS = {
         "console",
         "launch",
         "usage",
+        "starting",
+        "reckoning",
     ),
     7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
 }
