@@ -77,10 +77,10 @@ def candidates(nbytes: int, hosts: Sequence[int], shared_room: int) -> list[str]
 
 def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None) -> float:
     """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published."""
-    near = Network(*_level(table.node if table else None, NODE))
+    near = Network(*level(table.node if table else None, NODE))
     if len(set(hosts)) == 1:
         return TABLE[name].cost(len(hosts), nbytes, near)
-    far = _level(table.network if table else None, NETWORK)
+    far = level(table.network if table else None, NETWORK)
     counts = Counter(hosts).values()
     if name == "hierarchical":
         return TABLE[name].cost(len(hosts), nbytes, Network(*far, near, -(-len(hosts) // len(counts))))
@@ -90,9 +90,10 @@ def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None) -
     return TABLE[name].cost(len(hosts), nbytes, Network(far[0], far[1] * at_once, far[2]))
 
 
-def _level(found: Level | None, default: Level) -> tuple[float, float, float]:
-    level = found or default
-    return level.alpha, level.beta, level.gamma
+def level(found: Level | None, default: Level) -> tuple[float, float, float]:
+    """alpha, beta and gamma of a level, where it is known."""
+    known = found or default
+    return known.alpha, known.beta, known.gamma
 
 
 def _hosts(hosts: Sequence[int]) -> str:
@@ -131,8 +132,8 @@ class Surroundings(NamedTuple):
     def network(self, hosts: Sequence[int]) -> Network:
         """alpha, beta and gamma between ranks on these hosts, as measured, else as published."""
         if len(set(hosts)) > 1:
-            return Network(*_level(self.table.network if self.table else None, NETWORK))
-        return Network(*_level(self.table.node if self.table else None, NODE))
+            return Network(*level(self.table.network if self.table else None, NETWORK))
+        return Network(*level(self.table.node if self.table else None, NODE))
 
 
 def least_room(comm: MPI.Intracomm) -> int:
