@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpctrain import plan_arguments
 from hpctrain.request import RunRequest, grid_override, require_ranks
 
 if TYPE_CHECKING:
@@ -110,6 +111,14 @@ def verify(args: argparse.Namespace) -> int:
         return verification.run(world, config, options)
 
     return run_spmd(on_each_rank)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`hpctrain plan`: how to cut each layer, over how many ranks, and what that will take. Without MPI."""
+    request = RunRequest(args)
+    from hpctrain import plan_command
+
+    return plan_command.run(request, plan_command.Options.of(args))
 
 
 def data_make(args: argparse.Namespace) -> int:
@@ -234,6 +243,11 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=_positive, default=256, metavar="MIB", help="for one sampled layer (default: 256)"
     )
     sub.add_argument("--all", action="store_true", help="show every layer and edge of a large network")
+    sub.set_defaults(resume=None)
+    _json(sub)
+
+    sub = _command(commands, "plan", plan, "find how to cut each layer, over how many ranks, and what it will take")
+    plan_arguments.add(sub)
     sub.set_defaults(resume=None)
     _json(sub)
 

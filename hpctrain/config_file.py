@@ -67,6 +67,7 @@ _MAY_CHANGE = (
     "data.train",
     "data.test",
     "data.verify",
+    "data.sample",
     "plan",
     "optim",
     "train.backend",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -63,9 +63,59 @@ def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None
     )
 
 
+@dataclass(frozen=True)
+class Described:
+    """What data.sample says of data that are elsewhere; fields are those of a Dataset."""
+
+    folder: Path
+    x_shape: Shape
+    y_shape: Shape
+    classes: int | None
+    samples: int
+    ignore: int | None = None
+
+
+def described(config: Config) -> Described | None:
+    """What data.sample says; None where it says nothing. Raises ConfigError where it says two things."""
+    sample = config.data.sample
+    if sample is None:
+        return None
+    if sample.classes is not None and sample.values != 1:
+        raise ConfigError(f"data.sample.values = {sample.values} has no effect beside classes; give one of them")
+    if sample.classes is None and sample.positions:
+        raise ConfigError("data.sample.positions are those of labels: give their number too, data.sample.classes")
+    y_shape = (sample.values,) if sample.classes is None else sample.positions
+    return Described(Path(config.data.train), sample.shape, y_shape, sample.classes, sample.count)
+
+
+def known_data(config: Config) -> Dataset | Described:
+    """The training set, or where its folder is not there what data.sample says of it. Raises DataError."""
+    said = described(config)
+    if Path(config.data.train).exists():
+        return open_datasets(config)[0]
+    if said is None:
+        raise DataError(
+            f"{config.data.train}: no such folder; to plan for data that are elsewhere, say what they look like: "
+            "data.sample = {shape = [224, 224, 3], classes = 1000, count = 1281167} (or values in place of classes)"
+        )
+    return said
+
+
+def _require_described(config: Config, train: Dataset) -> None:
+    """Raises DataError where data.sample says something else than the data that are there."""
+    said = described(config)
+    for what in ("x_shape", "y_shape", "classes", "samples") if said is not None else ():
+        if getattr(said, what) != getattr(train, what):
+            raise DataError(
+                f"{train.folder}: {what} {getattr(train, what)}, but data.sample says {getattr(said, what)}; mend "
+                "data.sample, or remove it: it is needed only where the data are not there"
+            )
+
+
 def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     """Training and test set, checked to be of one kind. Raises DataError."""
     train = Dataset(Path(config.data.train), config.data.normalize)
+    _require_described(config, train)
     if config.data.test is None:
         return train, None
     test = Dataset(Path(config.data.test), config.data.normalize)
@@ -85,7 +135,7 @@ def verify(train: Dataset, test: Dataset | None, rank: int, ranks: int) -> None:
         data.verify(range(rank, len(data.shards), ranks))
 
 
-def build_graph(config: Config, data: Dataset) -> Graph:
+def build_graph(config: Config, data: Dataset | Described) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
     labels = data.classes is not None
     positions = data.y_shape if labels else ()
@@ -98,7 +148,7 @@ def build_graph(config: Config, data: Dataset) -> Graph:
     return graph
 
 
-def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
+def _require_inputs(graph: Graph, config: Config, data: Dataset | Described) -> None:
     """Raises ConfigError where a network's inputs are not what the loader fills: x and y of a batch."""
     if not isinstance(graph, Graph):
         raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")

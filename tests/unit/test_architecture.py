@@ -48,9 +48,14 @@ LEVELS = {
         "launch",
         "usage",
         "starting",
+        "automatic",
         "reckoning",
+        "planning",
     ),
-    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
+    7: (
+        *("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
+        *("plan_command", "plan_arguments"),
+    ),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 
