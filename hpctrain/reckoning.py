@@ -123,6 +123,8 @@ class Forecast:
     """By PHASES."""
     source: str
     """Where the machine's figures are from, as the end of a sentence."""
+    guess: bool = False
+    """Whether how fast a rank computes is a guess."""
 
     @property
     def step(self) -> float:
@@ -130,13 +132,14 @@ class Forecast:
         return sum(self.seconds)
 
     @classmethod
-    def of(cls, cost: PlanCost, source: str) -> Forecast:
+    def of(cls, cost: PlanCost, source: str, guess: bool = False) -> Forecast:
         """The phases of a plan as the executor times them: norms gather their statistics while they compute."""
         said = cost.phases()
         statistics = cost.parts * sum(layer.statistics for layer in cost.layers)
         exchange = said["halo"] + said["redistribution"] - statistics
         other = said["update"] + said["step"]
-        return cls((said["compute"] + statistics, exchange, said["allreduce"], said["input"], other), source)
+        found = said["compute"] + statistics, exchange, said["allreduce"], said["input"], other
+        return cls(found, source, guess)
 
 
 # --- both ------------------------------------------------------------------------------------------------------------

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain import prepare, summation
+from hpctrain import automatic, prepare, summation
+from hpctrain.automatic import Basis
 from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.replicas import Replicas, divide
 from hpctrain.comm.watched import watched
 from hpctrain.comm.world import World, all_ranks
-from hpctrain.config import Config
+from hpctrain.config import AUTO, Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.graph import Graph
 from hpctrain.planner.plan import Plan
+from hpctrain.reckoning import Forecast
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -35,18 +37,38 @@ class Start:
     """The ranks of this rank's replica."""
     around: Surroundings
     """Of these ranks."""
+    basis: Basis | None
+    """What steps are priced by; rank 0 alone has one."""
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """What a step takes by `plan`; None where nothing was measured, and no plan was found by a guess either."""
+        if self.basis is None or (self.basis.guess and self.alone.plan.grid != AUTO):
+            return None
+        found, without = self.basis.forecast(plan, self.comm.size), ""
+        if self.alone.compress.codec != "none":
+            without += "; gradients as if not compressed"
+        if self.replicas.count > 1:
+            without += "; without what replicas exchange"
+        return replace(found, source=found.source + without)
 
 
 def start(world: World, config: Config, resume: Path | None = None) -> Start:
     """What `config` names, for all ranks of `world`. Collective; errors are raised on all ranks alike."""
-    with all_ranks(watched(world.comm, "agreement of all ranks")):
+    comm, plan = watched(world.comm, "agreement of all ranks"), None
+    with all_ranks(comm):
         data, test = prepare.open_datasets(config)
         copies = prepare.replicas(config, world.size)
         alone = prepare.of_replica(config, copies)
         graph = prepare.build_graph(alone, data)
-        plan = prepare.make_plan(alone, graph, resume)
+        if config.plan.grid != AUTO:
+            plan = prepare.make_plan(alone, graph, resume)
         prepare.require_replicas(config, plan, copies, world.size)
     replicas = divide(world.comm, copies)
-    comm = watched(replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
-    around = summation.surroundings(comm, world.library)
-    return Start(data, test, alone, graph, plan, replicas, comm, around)
+    inside = watched(replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
+    around = summation.surroundings(inside, world.library)
+    basis = automatic.basis(world, alone, data, graph, around)
+    if plan is None:
+        plan = automatic.find(world, basis, inside.size, copies, resume)
+        with all_ranks(comm):
+            prepare.require_replicas(config, plan, copies, world.size)
+    return Start(data, test, alone, graph, plan, replicas, inside, around, basis)

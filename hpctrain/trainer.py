@@ -54,7 +54,7 @@ class Trainer:
     def __init__(
         self, world: World, config: Config, console: Console, start: Start, resume: Path | None = None
     ) -> None:
-        self.world, self.config, self.console = world, config, console
+        self.world, self.config, self.console, self.start = world, config, console, start
         self.everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
         self.graph, self.plan, self.replicas, self.comm = start.graph, start.plan, start.replicas, start.comm
         self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
@@ -285,16 +285,17 @@ class Trainer:
 
     def _report_steps(self) -> dict[str, float | None]:
         """Record and say what a step took, beside what it should by the plan; figures of a whole one. Collective."""
-        found = reckoning.slowest(self.everybody.allgather(self.clock.steps(self.world.rank)))
+        found, forecast = reckoning.slowest(self.everybody.allgather(self.clock.steps(self.world.rank))), None
         if found is None:
             return {}
         with all_ranks(self.everybody):
             if self.world.rank == 0:
-                reckoning.write(self.folder, found, None)
-                self.metrics.write("prediction", step=self.at.step, **reckoning.record(found, None))
+                forecast = self.start.forecast(summation.recorded(self.plan, self.executor))
+                reckoning.write(self.folder, found, forecast)
+                self.metrics.write("prediction", step=self.at.step, **reckoning.record(found, forecast))
                 self.metrics.flush()
-        self.console.note("\n".join(reckoning.table(found, self.world.size, None)))
-        return reckoning.summary(found, None)
+        announce.steps(self.console, self.world, self.folder, found, forecast)
+        return reckoning.summary(found, forecast)
 
     def _not_finite(self, comm: Intracomm, where: str, why: str, remedy: str) -> None:
         """Stop or go on as the config says, all ranks of `comm` alike."""
