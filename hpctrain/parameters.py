@@ -62,6 +62,9 @@ Allocate = Callable[[Group, int, np.dtype], Storage]
 """Storage of a group of so many elements of a type. Collective where it is shared: groups come in an order that all
 ranks share."""
 
+Start = Callable[[Weight, str, Box, int], np.ndarray | float]
+"""(weight, name, box, seed) -> starting values of a block, as `initial` gives them."""
+
 
 @dataclass(frozen=True)
 class Parameter(Tensor):
@@ -93,6 +96,7 @@ class Parameters:
         dtype: np.dtype,
         seed: int,
         allocate: Allocate | None = None,
+        start: Start | None = None,
     ) -> None:
         self.rank, full = rank, exact(dtype)
         declared = sorted_by_group(layouts)
@@ -120,7 +124,7 @@ class Parameters:
                 group=group,
                 where=where,
             )
-            self.by_name[name].array[...] = initial(weight, name, box, seed)
+            self.by_name[name].array[...] = (start or initial)(weight, name, box, seed)
             at[group] = where.stop
 
     # --- what an optimizer updates ---------------------------------------------------------------------------------

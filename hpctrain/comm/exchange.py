@@ -137,6 +137,11 @@ class Way:
         else:
             np.copyto(to, source)
 
+    @property
+    def copies(self) -> bool:
+        """Whether parts of `dst` that come from this rank itself are copied."""
+        return bool(self._own)
+
     def run(self) -> np.ndarray:
         """`start` and `finish` with nothing between."""
         self.start()
