@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec import structs
 
 from hpctrain import machine, planning, runfolder, summation
+from hpctrain.comm.allreduce import choose
 from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.watched import watched
 from hpctrain.comm.world import World, all_ranks
@@ -20,7 +21,7 @@ from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
-from hpctrain.machine import Compute, Machine
+from hpctrain.machine import Compute, Copies, Machine
 from hpctrain.planner import plan as plans
 from hpctrain.planner.baselines import baselines
 from hpctrain.planner.cost import price
@@ -79,11 +80,13 @@ def basis(world: World, config: Config, data: Dataset, graph: Graph, around: Sur
 
 
 def _chosen(config: Config, threads: int) -> Chosen:
-    known = machine.load(machine.default_path())
-    if config.plan.machine is not None or (known is not None and (known.compute or known.kernels)):
+    if config.plan.machine is not None:
         return planning.choose_machine(config)
+    known = machine.load(machine.default_path()) or Machine()
     each = structs.replace(GUESS, flops=GUESS.flops * threads, bandwidth=GUESS.bandwidth * threads)
-    return Chosen(structs.replace(known or Machine(), compute=each), GUESSED, True)
+    name = "this machine" if known.compute or known.kernels else GUESSED
+    copies = known.copies or Copies(choose.NODE.alpha, choose.NODE.beta)
+    return Chosen(structs.replace(known, compute=known.compute or each, copies=copies), name, True)
 
 
 def _of_library(found: Machine, library: str) -> Machine:
@@ -94,8 +97,11 @@ def _of_library(found: Machine, library: str) -> Machine:
 
 
 def _placed(found: Machine, hosts: Sequence[int]) -> Machine:
-    """`found` with as many ranks on a host as there are; of hosts that hold different numbers, the largest."""
-    return structs.replace(found, per_host=max(Counter(hosts).values()), hosts=None)
+    """`found` with as many ranks on a host as there are, of hosts that hold different numbers the largest; messages
+    that were not measured as `choose` takes them to be.
+    """
+    levels = {"node": found.node or choose.NODE, "network": found.network or choose.NETWORK}
+    return structs.replace(found, per_host=max(Counter(hosts).values()), hosts=None, **levels)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

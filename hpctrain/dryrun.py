@@ -30,10 +30,10 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
     """
     if config.plan.grid == AUTO:
         given = [word for word in words[1:] if not word.startswith("plan.grid=")]
+        line = shlex.join(["hpctrain", "plan", *given, "--ranks", "2", "-o", "plan.json"])
         raise PlanError(
             f'plan.grid = "{AUTO}" is found for the ranks of a run, and --dry-run has none; to see it for any number '
-            f"of them, and have it as a file for plan.grid:\n{shlex.join(['hpctrain', 'plan', *given, '--ranks', '2'])} "
-            "-o plan.json"
+            f"of them, and have it as a file for plan.grid:\n{line}"
         )
     data, _ = prepare.open_datasets(config)
     copies = prepare.replicas(config)

@@ -61,7 +61,7 @@ def of_replica(config: Config, count: int) -> Config:
 
 
 def require_replicas(config: Config, plan: Plan | None, count: int, ranks: int) -> None:
-    """Raises PlanError where `count` replicas of `plan`, or of one to be found, are not just what `ranks` ranks hold."""
+    """Raises PlanError where `count` replicas of `plan`, or of one to be found, are not just what `ranks` hold."""
     if plan is None and ranks % count:
         raise PlanError(
             f"{count} replicas cannot have equally many of {ranks} ranks; start a multiple of {count}, or set "

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain.config import AUTO
 from hpctrain.errors import CheckpointError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ def require_ranks(config: Config, size: int) -> None:
     A plan that no number of ranks could run is refused as such: raises what `prepare` raises.
     """
     from hpctrain import launch, prepare
+    from hpctrain.config import AUTO
 
     grid, asked = config.plan.grid, prepare.asked_ranks(config)
     copies = prepare.replicas(config, size)
