@@ -115,10 +115,10 @@ def verify(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """`hpctrain plan`: how to cut each layer, over how many ranks, and what that will take. Without MPI."""
-    request = RunRequest(args)
+    request, options = RunRequest(args), plan_arguments.Options.of(args)
     from hpctrain import plan_command
 
-    return plan_command.run(request, plan_command.Options.of(args))
+    return plan_command.run(request, options)
 
 
 def data_make(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +145,7 @@ class Task:
 
     def search(self, ranks: int) -> Found:
         """The best plan on so many ranks. Raises PlanError where none fits, ConfigError where there are too few."""
-        return search(self.graph, self.setting, ranks, self.memory_limit, time.monotonic() + SECONDS)
+        return search(self.graph, self.setting, ranks, self.memory_limit, SECONDS)
 
     def sources(self, plan: Plan, ranks: int) -> dict[str, str]:
         """{layer: "measured", "interpolated" or "formula"} of the layers that take time to compute by a plan."""

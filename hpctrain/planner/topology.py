@@ -13,7 +13,9 @@ from itertools import count
 from math import inf, isinf, prod
 from typing import NamedTuple
 
+from hpctrain.comm.allreduce.choose import NETWORK, NODE
 from hpctrain.errors import ConfigError
+from hpctrain.machine import Machine
 
 LEAF = 16
 """Hosts at a leaf switch of a fat tree that does not say."""
@@ -92,6 +94,70 @@ def _torus(extents: Sequence[int]) -> Core:
         return tuple(taken)
 
     return Core((1.0,) * (2 * len(extents) * prod(extents)), route)
+
+
+class Network:
+    """The links of a machine with the ranks on it, and which of them a message takes.
+
+    A rank has one port out and one in on each level; of the links of a host it uses one, its ranks in turn.
+    """
+
+    def __init__(self, machine: Machine, ranks: int) -> None:
+        """Raises ConfigError where the machine has too few hosts, or no such topology."""
+        self.hosts = machine.layout(ranks)
+        first = {host: rank for rank, host in reversed(list(enumerate(self.hosts)))}
+        self._place = [rank - first[host] for rank, host in enumerate(self.hosts)]
+        self._per_socket = machine.per_socket if machine.socket is not None else None
+        self._links = machine.links
+        self._core = core(machine.topology, len(first))
+        near, far = machine.node or NODE, machine.network or NETWORK
+        socket = machine.socket or near
+        self.near_gamma, self.far_gamma = near.gamma, far.gamma
+        """Seconds per byte that is added."""
+        self._alpha = socket.alpha, near.alpha, far.alpha
+        counts = 2 * ranks, 2 * ranks, 2 * len(first) * machine.links
+        self._begin = (0, counts[0], counts[0] + counts[1], sum(counts))
+        self.capacity = [
+            _rate(level.beta) for level, many in zip((socket, near, far), counts, strict=True) for _ in range(many)
+        ]
+        """Bytes per second of each link."""
+        self.capacity += [share * machine.links * _rate(far.beta) for share in self._core.capacity]
+
+    def near(self, source: int, target: int) -> bool:
+        """Whether two ranks are on one host."""
+        return self.hosts[source] == self.hosts[target]
+
+    def alpha(self, source: int, target: int) -> float:
+        """Seconds before a message flows."""
+        return self._alpha[self._level(source, target)]
+
+    def route(self, source: int, target: int) -> Route:
+        """The links from a rank to another one."""
+        level = self._level(source, target)
+        begin = self._begin[level]
+        if level < FAR:
+            return begin + 2 * source, begin + 2 * target + 1
+        hosts = self.hosts[source], self.hosts[target]
+        out, into = (
+            host * self._links + self._place[rank] % self._links
+            for host, rank in zip(hosts, (source, target), strict=True)
+        )
+        between = (self._begin[CORE] + link for link in self._core.route(*hosts))
+        return begin + 2 * out, *between, begin + 2 * into + 1
+
+    def _level(self, source: int, target: int) -> int:
+        if not self.near(source, target):
+            return FAR
+        each = self._per_socket
+        return NEAR if each is None or self._place[source] // each != self._place[target] // each else SOCKET
+
+
+SOCKET, NEAR, FAR, CORE = range(4)
+
+
+def _rate(beta: float) -> float:
+    """Bytes per second."""
+    return 1 / beta if beta > 0 else inf
 
 
 def fair(routes: Sequence[Route], capacity: Sequence[float]) -> list[float]:

@@ -100,7 +100,7 @@ def table(cost: PlanCost, every: bool = False) -> Iterator[str]:
     unit = best_unit(max(total[:-1]))
     titles = ["layers", "blocks", "compute", "halo", "redistr.", "allreduce", "MiB"]
     cells = [[line.name, blocks(line.partition), *_cells(row, unit)] for line, row in zip(found, figures, strict=True)]
-    cells.append(["all", "", *_cells(total, unit)])
+    cells.append(["all", "", *_cells(total, unit)[:-1], ""])  # memory is used again, so that it does not add up
     widths = [max(len(row[i]) for row in (titles, *cells)) for i in range(len(titles))]
     over = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     widths[0] = max(8, widths[0] - max(0, over))

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hpctrain.console import WIDTH, wrapped
+from hpctrain.partition import Partition
+from hpctrain.planner import paper
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.seconds import PlanCost
-from hpctrain.report.layers import best_unit, number, seconds
+from hpctrain.report.layers import UNITS, best_unit, number, seconds
 
 Baselines = Mapping[str, tuple[Plan, PlanCost] | str]
 """{name: its plan and cost, or why there is none}"""
@@ -17,14 +19,24 @@ Baselines = Mapping[str, tuple[Plan, PlanCost] | str]
 def phases(cost: PlanCost) -> str:
     """What a step consists of."""
     unit = best_unit(cost.seconds)
-    shown = {phase: number(_in(value, unit)) for phase, value in cost.phases().items() if value > 0}
-    said = ", ".join(f"{phase} {value}" for phase, value in shown.items())
-    hidden = f" ({number(_in(cost.hidden, unit))} more behind backward)" if cost.hidden > 0 else ""
-    return f"a step takes {seconds(cost.seconds)}: {said}{hidden}"
+    found = {phase: number(_in(value, unit)) for phase, value in cost.phases().items() if value > 0}
+    if cost.hidden > 0:
+        found["allreduce"] = f"{found.get('allreduce', '0')} (and {number(_in(cost.hidden, unit))} behind backward)"
+    if statistics := cost.parts * sum(layer.statistics for layer in cost.layers):
+        found["redistribution"] += f" ({number(_in(statistics, unit))} of it statistics of norms)"
+    said = ", ".join(f"{phase} {value}" for phase, value in found.items())
+    return f"a step takes {seconds(cost.seconds)}: {said}"
+
+
+def rates(cost: PlanCost, batch: int, samples: int) -> str:
+    """Samples per second, and what an epoch of `samples` takes."""
+    steps = samples // batch
+    epoch = f"; an epoch of {steps:,} steps takes {seconds(steps * cost.seconds)}" if steps else ""
+    return f"{number(batch / cost.seconds)} samples/s{epoch}"
 
 
 def _in(value: float, unit: str) -> float:
-    return value / {"s": 1.0, "ms": 1e-3, "us": 1e-6}[unit]
+    return value / UNITS[unit]
 
 
 def shares(cost: PlanCost, sources: Mapping[str, str]) -> str:
@@ -76,17 +88,30 @@ def records(cost: PlanCost, others: Baselines, times: float) -> list[dict[str, A
     return found
 
 
-def grid_records(pr: int, pc: int, cost: PlanCost, times: float) -> dict[str, Any]:
-    """A uniform grid: computing and what else ranks do alone, exchanges, sums of gradients that are not hidden."""
+def grid_record(grid: Partition, cost: PlanCost, times: float) -> dict[str, Any]:
+    """One grid for all layers: what ranks do alone, exchanges, and sums of gradients that nothing hides."""
     found = cost.phases()
     model, batch = found["halo"] + found["redistribution"], found["allreduce"]
     return {
-        "pr": pr,
-        "pc": pc,
+        "pr": grid.pr,
+        "pc": grid.pc,
+        "cut": str(grid),
         "compute_seconds": times * (cost.seconds - model - batch),
         "model_seconds": times * model,
         "batch_seconds": times * batch,
         "seconds": times * cost.seconds,
+    }
+
+
+def paper_record(found: paper.Record) -> dict[str, Any]:
+    """The same of a grid by the paper's accounting."""
+    return {
+        "pr": found.pr,
+        "pc": found.pc,
+        "compute_seconds": found.compute_seconds,
+        "model_seconds": found.model_seconds,
+        "batch_seconds": found.batch_seconds,
+        "seconds": found.seconds,
     }
 
 

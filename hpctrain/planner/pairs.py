@@ -1,0 +1,111 @@
+"""Who sends how much to whom along an edge: one table of all pairs of ranks, from one small table for each dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hpctrain.partition import AXES, Partition
+from hpctrain.planner.layout import Edge
+from hpctrain.planner.transfers import seconds, traffic
+from hpctrain.planner.wire import Wire
+from hpctrain.regions import Cut, Region
+
+
+def volumes(have: Region, want: Region, ranks: int) -> np.ndarray:
+    """(ranks, ranks) elements that each rank owns (row) of what each wants (column), its own part on the diagonal."""
+    found = np.zeros((ranks, ranks), np.int64)
+    part = np.ones((have.partition.size, want.partition.size), np.int64)
+    for owned, wished in zip(have.cuts, want.cuts, strict=True):
+        table = _overlaps(owned, wished)
+        part *= table[np.ix_(places(have.partition, owned), places(want.partition, wished))]
+    for cut in have.masks:
+        part[~_occupied(have.partition, cut)] = 0
+    for cut in want.masks:
+        part[:, ~_occupied(want.partition, cut)] = 0
+    found[: part.shape[0], : part.shape[1]] = part
+    return found
+
+
+def extents(region: Region, ranks: int) -> np.ndarray:
+    """(ranks, dims) of every rank's box, 0 for ranks beyond the partition."""
+    found = np.zeros((ranks, len(region.cuts)), np.int64)
+    for dim, cut in enumerate(region.cuts):
+        lengths = np.array([max(0, stop - start) for start, stop in cut.intervals])
+        found[: region.partition.size, dim] = lengths[places(region.partition, cut)]
+    return found
+
+
+def places(partition: Partition, cut: Cut) -> np.ndarray:
+    """(size,): which interval of `cut` each rank of `partition` has."""
+    coords = np.unravel_index(np.arange(partition.size), partition.shape)
+    at = np.zeros(partition.size, np.int64)
+    for axis in cut.axes:
+        at = at * partition[axis] + coords[AXES.index(axis)]
+    return at
+
+
+def _occupied(partition: Partition, cut: Cut) -> np.ndarray:
+    return np.isin(places(partition, cut), list(cut.occupied))
+
+
+def _overlaps(owned: Cut, wished: Cut) -> np.ndarray:
+    """(intervals of `owned`, intervals of `wished`): elements that they share, those of borders where these belong."""
+    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
+    starts, stops = np.array(owned.intervals, np.int64).T
+    for column, _ in enumerate(wished.intervals):
+        for segment in wished.segments(column):
+            found[:, column] += np.maximum(0, np.minimum(stops, segment.stop) - np.maximum(starts, segment.start))
+    return found
+
+
+class Way(NamedTuple):
+    """One direction of an edge, lists by rank: (peer, bytes) that it sends and receives in messages; of its host,
+    who reads what it has and whose it reads, and the seconds that it copies."""
+
+    sends: list[list[tuple[int, int]]]
+    receives: list[list[tuple[int, int]]]
+    readers: list[list[int]]
+    writers: list[list[int]]
+    copying: list[float]
+
+    def idle(self, rank: int) -> bool:
+        """Whether a rank has no part in it."""
+        messages = self.sends[rank] or self.receives[rank] or self.readers[rank] or self.writers[rank]
+        return not messages and self.copying[rank] == 0
+
+
+def ways(edge: Edge, dtype: np.dtype, wire: Wire, hosts: Sequence[int]) -> tuple[Way, Way]:
+    """(from owners to those who want it, back) of `edge` in a run of type `dtype`."""
+    itemsize = edge.kind.dtype(dtype).itemsize
+    found = volumes(edge.have, edge.want, len(hosts)) * itemsize
+    np.fill_diagonal(found, 0)
+    at = np.array(hosts)
+    by_copying = (at[:, None] == at) & wire.copies
+    moved, near = traffic(edge, wire.per_host), wire._replace(far_alpha=0.0, far_beta=0.0)
+    both = []
+    for back, table in ((False, found), (True, found.T)):
+        copying = np.zeros(len(hosts))
+        if wire.copies:
+            taken = seconds(moved, itemsize, near, back)
+            copying[: len(taken)] = taken
+        both.append(_way(np.where(by_copying, 0, table), by_copying & (table > 0), copying))
+    return both[0], both[1]
+
+
+def _way(messages: np.ndarray, copied: np.ndarray, copying: np.ndarray) -> Way:
+    ranks = range(len(copying))
+    sends: list[list[tuple[int, int]]] = [[] for _ in ranks]
+    receives: list[list[tuple[int, int]]] = [[] for _ in ranks]
+    for source, target in zip(*(which.tolist() for which in messages.nonzero()), strict=True):
+        nbytes = int(messages[source, target])
+        sends[source].append((target, nbytes))
+        receives[target].append((source, nbytes))
+    readers: list[list[int]] = [[] for _ in ranks]
+    writers: list[list[int]] = [[] for _ in ranks]
+    for source, target in zip(*(which.tolist() for which in copied.nonzero()), strict=True):
+        readers[source].append(target)
+        writers[target].append(source)
+    return Way(sends, receives, readers, writers, copying.tolist())
