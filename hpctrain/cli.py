@@ -199,8 +199,9 @@ def calibrate(args: argparse.Namespace) -> int:
 
     def on_each_rank(world: World) -> int:
         from hpctrain import bench
+        from hpctrain.calibration import command
 
-        return bench.calibrate(world, bench.Options.of(args), args.out)
+        return command.run(world, RunRequest(args) if args.words else None, bench.Options.of(args), args.out)
 
     return run_spmd(on_each_rank)
 
@@ -281,8 +282,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float64", "bf16"), default="float32")
     _sizes(sub)
 
-    sub = _command(commands, "calibrate", calibrate, "measure this machine, so that runs choose the fastest allreduce")
-    sub.add_argument("--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
+    sub = _command(commands, "calibrate", calibrate, "measure this machine: by that sums are chosen, and plans made")
+    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="a run, to measure its layers")
+    sub.add_argument("-o", "--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
+    sub.set_defaults(resume=None)
     _sizes(sub)
 
     sub = _command(commands, "doctor", doctor, "check this machine: MPI, compiled kernels, memory")

@@ -53,7 +53,7 @@ LEVELS = {
         "planning",
     ),
     7: (
-        *("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
+        *("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "calibration", "__main__"),
         *("plan_command", "plan_arguments"),
     ),
 }
