@@ -18,10 +18,10 @@ import numpy as np
 from hpctrain.graph import Graph
 from hpctrain.planner.baselines import baselines
 from hpctrain.planner.cost import price
+from hpctrain.planner.edge_tables import Pairs
 from hpctrain.planner.eliminate import Memo, solve
 from hpctrain.planner.groups import ALL, Group, candidates, chosen, groups
 from hpctrain.planner.limits import bytes_of, fits, refusal
-from hpctrain.planner.edge_tables import Pairs
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting
