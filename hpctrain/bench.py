@@ -1,27 +1,23 @@
-"""`hpctrain bench allreduce` and `hpctrain calibrate`: what sums of gradients take on these ranks."""
+"""`hpctrain bench allreduce`: what sums of gradients take on these ranks."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpctrain import machine
 from hpctrain.comm import allreduce
 from hpctrain.comm.allreduce import choose, measure
 from hpctrain.comm.allreduce.choose import Surroundings
 from hpctrain.comm.allreduce.shared import FLAGS
 from hpctrain.comm.link import Link
 from hpctrain.comm.shared import Window
-from hpctrain.comm.world import World, all_ranks
+from hpctrain.comm.world import World
 from hpctrain.console import Console, print_json, wrapped
-from hpctrain.data.files import write_atomic
 from hpctrain.errors import ConfigError
-from hpctrain.machine import Level, Machine, Table, numbered
 from hpctrain.precision import TYPES
 
 SIZES = tuple(1024 * 4**i for i in range(9))
@@ -45,6 +41,7 @@ class Options(NamedTuple):
     rounds: int | None = None
     dtype: str = "float32"
     json: bool = False
+    quick: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Options:
@@ -55,7 +52,7 @@ class Options(NamedTuple):
         for name in algorithms or ():
             allreduce.get(name)
         rounds = args.repeat or (3 if args.quick else None)
-        return cls(sizes, algorithms, rounds, getattr(args, "dtype", "float32"), args.json)
+        return cls(sizes, algorithms, rounds, getattr(args, "dtype", "float32"), args.json, args.quick)
 
 
 def size(text: str) -> int:
@@ -77,51 +74,11 @@ def run_allreduce(world: World, options: Options) -> int:
             found = ranks.time(nbytes, options)
             choice = choose.choose(nbytes, ranks.hosts, around.table, around.room)
             records += records_of(nbytes, found, world.size, options.dtype, choice.name)
-            console.note(f"\n{_bytes(nbytes)}: {choice.why}")
+            console.note(f"\n{bytes_text(nbytes)}: {choice.why}")
             console.note("\n".join(table(records[-len(found) :])))
     if options.json and world.rank == 0:
         print_json("bench allreduce", records)
     return 0
-
-
-def calibrate(world: World, options: Options, out: Path | None) -> int:
-    """Measure messages and algorithms on these ranks, and write them where the chooser looks."""
-    console, path = Console(world.rank), out or machine.default_path()
-    old = None
-    with all_ranks(world.comm):
-        if world.rank == 0:
-            old = machine.load(path)
-    with Ranks(world) as ranks:
-        console.note(f"{ranks}, {world.library}; to {path}")
-        near, far = measure.levels(ranks.link)
-        console.note("\n".join(_said(what, level) for what, level in (("host", near), ("network", far)) if level))
-        seconds: dict[str, dict[int, float]] = {}
-        for nbytes in options.sizes if world.size > 1 else ():
-            for name, median in ranks.time(nbytes, options).items():
-                seconds.setdefault(name, {})[nbytes] = median
-        tables = (Table(numbered(ranks.hosts), seconds),) if seconds else ()
-        found = Machine(world.library, near, far, tables)
-        room, records = choose.least_room(world.comm), []
-        for nbytes in options.sizes if seconds else ():
-            taken = {name: times[nbytes] for name, times in seconds.items()}
-            choice = choose.choose(nbytes, ranks.hosts, found, room)
-            ratio = taken[PEER] / choice.seconds
-            console.note(f"{_bytes(nbytes):>10}  {choice.name:<20}{_time(choice.seconds):>10}{ratio:8.2f} x mpi")
-            records += records_of(nbytes, taken, world.size, options.dtype, choice.name)
-    with all_ranks(world.comm):
-        if world.rank == 0:
-            _write(path, found if old is None else old.updated(found))
-    if options.json and world.rank == 0:
-        print_json("calibrate", records)
-    return 0
-
-
-def _write(path: Path, found: Machine) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error}); give --out a path in a folder of yours") from None
-    write_atomic(path, machine.encode(found))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -197,25 +154,20 @@ def table(records: Sequence[dict[str, Any]]) -> list[str]:
     """Lines for people, of one size."""
     heading = f"  {'algorithm':<22}{'median':>12}{'bus GB/s':>12}{'x mpi':>10}"
     rows = [
-        f"{'*' if r['chosen'] else ' '} {r['algorithm']:<22}{_time(r['seconds']):>12}"
+        f"{'*' if r['chosen'] else ' '} {r['algorithm']:<22}{time_text(r['seconds']):>12}"
         f"{r['bus_bandwidth'] / 1e9:>12.3f}{r['ratio']:>10.2f}"
         for r in records
     ]
     return [heading, *rows]
 
 
-def _said(what: str, level: Level) -> str:
-    return (
-        f"messages within the {what}: {_time(level.alpha)} each, {1e-9 / level.beta:.2f} GB/s; "
-        f"additions {1e-9 / level.gamma:.2f} GB/s"
-    )
-
-
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """For people."""
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _bytes(nbytes: int) -> str:
+def bytes_text(nbytes: int) -> str:
+    """For people."""
     for unit in ("G", "M", "K"):
         if nbytes % UNITS[unit] == 0:
             return f"{nbytes // UNITS[unit]} {unit}iB"

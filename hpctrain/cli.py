@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpctrain import plan_arguments
 from hpctrain.request import RunRequest, grid_override, require_ranks
 
 if TYPE_CHECKING:
@@ -112,6 +113,14 @@ def verify(args: argparse.Namespace) -> int:
     return run_spmd(on_each_rank)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """`hpctrain plan`: how to cut each layer, over how many ranks, and what that will take. Without MPI."""
+    request, options = RunRequest(args), plan_arguments.Options.of(args)
+    from hpctrain import plan_command
+
+    return plan_command.run(request, options)
+
+
 def data_make(args: argparse.Namespace) -> int:
     """`hpctrain data make`: write one of the data sets that can be made without a download."""
     if args.what == "digits":
@@ -190,8 +199,9 @@ def calibrate(args: argparse.Namespace) -> int:
 
     def on_each_rank(world: World) -> int:
         from hpctrain import bench
+        from hpctrain.calibration import command
 
-        return bench.calibrate(world, bench.Options.of(args), args.out)
+        return command.run(world, RunRequest(args) if args.words else None, bench.Options.of(args), args.out)
 
     return run_spmd(on_each_rank)
 
@@ -237,6 +247,11 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(resume=None)
     _json(sub)
 
+    sub = _command(commands, "plan", plan, "find how to cut each layer, over how many ranks, and what it will take")
+    plan_arguments.add(sub)
+    sub.set_defaults(resume=None)
+    _json(sub)
+
     data = _command(commands, "data", None, "make, import and inspect data sets")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = _command(actions, "make", data_make, "write a data set that needs no download")
@@ -267,8 +282,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float64", "bf16"), default="float32")
     _sizes(sub)
 
-    sub = _command(commands, "calibrate", calibrate, "measure this machine, so that runs choose the fastest allreduce")
-    sub.add_argument("--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
+    sub = _command(commands, "calibrate", calibrate, "measure this machine: by that sums are chosen, and plans made")
+    sub.add_argument("words", nargs="*", metavar="CONFIG.toml section.key=value", help="a run, to measure its layers")
+    sub.add_argument("-o", "--out", type=Path, metavar="MACHINE.json", help="default: where runs look, see the README")
+    sub.set_defaults(resume=None)
     _sizes(sub)
 
     sub = _command(commands, "doctor", doctor, "check this machine: MPI, compiled kernels, memory")

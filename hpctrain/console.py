@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpctrain import environment
+from hpctrain.partition import AXES, Partition
 
 _UP = "\x1b[A\r\x1b[K"
 """To the beginning of the line above, and erase it."""
 
 WIDTH = 79
 """Columns of text that fit every terminal."""
+
+LETTERS = dict(zip(AXES, "bdhwck", strict=True))
+"""For axes, in tables."""
 
 _HEADINGS = {
     "accuracy": "acc",
@@ -142,6 +146,11 @@ def _wrap(text: str) -> str:
 def wrapped(text: str, prefix: str = "") -> str:
     """`text` in lines that fit every terminal, each with `prefix`."""
     return textwrap.fill(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
+
+
+def blocks(partition: Partition) -> str:
+    """A partition in a table: "b4 h2"."""
+    return " ".join(f"{LETTERS[axis]}{n}" for axis, n in partition.parts().items()) or "1"
 
 
 def can_draw() -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from msgspec import structs
 
 from hpctrain import models
-from hpctrain.config import Config
+from hpctrain.config import AUTO, Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.errors import ConfigError, DataError, PlanError
 from hpctrain.graph import Graph
@@ -27,15 +27,23 @@ from hpctrain.precision import TYPES
 def replicas(config: Config, ranks: int = 0) -> int:
     """How many copies of the network a run on so many ranks trains; raises as `of_replica` does.
 
-    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense.
+    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense. Copies
+    whose plan is to be found have a rank each then.
     """
     if config.sync.strategy == "allreduce":
         return 1
-    grid = config.plan.grid
-    asked = plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
+    asked = asked_ranks(config)
     count = config.sync.replicas or max(1 + config.sync.spare, ranks // asked)
     of_replica(config, count)
     return count
+
+
+def asked_ranks(config: Config) -> int:
+    """Ranks that the config's grid or plan file asks for; 1 where the plan is to be found, for any number of them."""
+    grid = config.plan.grid
+    if grid == AUTO:
+        return 1
+    return plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
 
 
 def of_replica(config: Config, count: int) -> Config:
@@ -52,9 +60,14 @@ def of_replica(config: Config, count: int) -> Config:
     return structs.replace(config, train=structs.replace(config.train, batch=batch // count))
 
 
-def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None:
-    """Raises PlanError where `count` replicas of `plan` are not just what `ranks` ranks hold."""
-    if config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
+def require_replicas(config: Config, plan: Plan | None, count: int, ranks: int) -> None:
+    """Raises PlanError where `count` replicas of `plan`, or of one to be found, are not just what `ranks` hold."""
+    if plan is None and ranks % count:
+        raise PlanError(
+            f"{count} replicas cannot have equally many of {ranks} ranks; start a multiple of {count}, or set "
+            "sync.replicas"
+        )
+    if plan is None or config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
         return
     fits = f"sync.replicas = {ranks // plan.ranks} would fit" if ranks % plan.ranks == 0 else "no number of them fits"
     raise PlanError(
@@ -63,9 +76,59 @@ def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None
     )
 
 
+@dataclass(frozen=True)
+class Described:
+    """What data.sample says of data that are elsewhere; fields are those of a Dataset."""
+
+    folder: Path
+    x_shape: Shape
+    y_shape: Shape
+    classes: int | None
+    samples: int
+    ignore: int | None = None
+
+
+def described(config: Config) -> Described | None:
+    """What data.sample says; None where it says nothing. Raises ConfigError where it says two things."""
+    sample = config.data.sample
+    if sample is None:
+        return None
+    if sample.classes is not None and sample.values != 1:
+        raise ConfigError(f"data.sample.values = {sample.values} has no effect beside classes; give one of them")
+    if sample.classes is None and sample.positions:
+        raise ConfigError("data.sample.positions are those of labels: give their number too, data.sample.classes")
+    y_shape = (sample.values,) if sample.classes is None else sample.positions
+    return Described(Path(config.data.train), sample.shape, y_shape, sample.classes, sample.count)
+
+
+def known_data(config: Config) -> Dataset | Described:
+    """The training set, or where its folder is not there what data.sample says of it. Raises DataError."""
+    said = described(config)
+    if Path(config.data.train).exists():
+        return open_datasets(config)[0]
+    if said is None:
+        raise DataError(
+            f"{config.data.train}: no such folder; to plan for data that are elsewhere, say what they look like: "
+            "data.sample = {shape = [224, 224, 3], classes = 1000, count = 1281167} (or values in place of classes)"
+        )
+    return said
+
+
+def _require_described(config: Config, train: Dataset) -> None:
+    """Raises DataError where data.sample says something else than the data that are there."""
+    said = described(config)
+    for what in ("x_shape", "y_shape", "classes", "samples") if said is not None else ():
+        if getattr(said, what) != getattr(train, what):
+            raise DataError(
+                f"{train.folder}: {what} {getattr(train, what)}, but data.sample says {getattr(said, what)}; mend "
+                "data.sample, or remove it: it is needed only where the data are not there"
+            )
+
+
 def open_datasets(config: Config) -> tuple[Dataset, Dataset | None]:
     """Training and test set, checked to be of one kind. Raises DataError."""
     train = Dataset(Path(config.data.train), config.data.normalize)
+    _require_described(config, train)
     if config.data.test is None:
         return train, None
     test = Dataset(Path(config.data.test), config.data.normalize)
@@ -85,7 +148,7 @@ def verify(train: Dataset, test: Dataset | None, rank: int, ranks: int) -> None:
         data.verify(range(rank, len(data.shards), ranks))
 
 
-def build_graph(config: Config, data: Dataset) -> Graph:
+def build_graph(config: Config, data: Dataset | Described) -> Graph:
     """The network of `config` for samples of `data`. Raises ConfigError or PlanError naming what does not fit."""
     labels = data.classes is not None
     positions = data.y_shape if labels else ()
@@ -98,7 +161,7 @@ def build_graph(config: Config, data: Dataset) -> Graph:
     return graph
 
 
-def _require_inputs(graph: Graph, config: Config, data: Dataset) -> None:
+def _require_inputs(graph: Graph, config: Config, data: Dataset | Described) -> None:
     """Raises ConfigError where a network's inputs are not what the loader fills: x and y of a batch."""
     if not isinstance(graph, Graph):
         raise ConfigError(f"model.name: {config.model.name} returned {type(graph).__name__}; it must return a Graph")
@@ -118,7 +181,7 @@ def _shapes(tensors: dict[str, tuple[Shape, bool]]) -> str:
 
 
 def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
-    """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError.
+    """The plan that `config` names: a grid for all layers, or a file; `automatic` finds others. Raises PlanError.
 
     A run that goes on in the folder `resume` with the same partitions keeps the allreduce algorithms chosen then: its
     sums are added in the same order.
@@ -151,14 +214,6 @@ def _require_groups(graph: Graph, plan: Plan) -> None:
         if name not in groups:
             there = f"choose one of {'; '.join(groups)}" if groups else "no gradients are summed"
             raise PlanError(f"allreduce of {name!r}: no such group of ranks in this plan; {there}")
-
-
-def needed(config: Config) -> str:
-    """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
-    data, _ = open_datasets(config)
-    alone = of_replica(config, replicas(config))
-    graph = build_graph(alone, data)
-    return most_memory(alone, graph, make_plan(alone, graph))
 
 
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:

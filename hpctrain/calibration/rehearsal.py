@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpctrain import optim
 from hpctrain.backends.base import Array, Backend
 from hpctrain.binding import Arena, statistics
 from hpctrain.comm.exchange import Exchange, Way
 from hpctrain.comm.neighbours import Views
+from hpctrain.config import Optim
 from hpctrain.executor import TRAINING, Executor
 from hpctrain.graph import Graph
 from hpctrain.layers import Input, Weight
 from hpctrain.layers.loss import LOSS
+from hpctrain.optim import Optimizer
 from hpctrain.parameters import Parameters
 from hpctrain.partition import Box, Partition, extent, volume
 from hpctrain.planner.arena import Buffers
@@ -65,10 +68,11 @@ class Rehearsal(Executor):
         plan: Plan,
         alone: MPI.Intracomm,
         backend: Backend,
-        dtype: str = "float32",
+        dtype: str,
+        rules: Optim,
         economy: Economy = LEAN,
     ) -> None:
-        """`alone` is a communicator of this rank and no other."""
+        """`alone` is a communicator of this rank and no other, `rules` are the optimizer's."""
         plan.check(graph)
         self.graph, self.plan, self.backend, self.dtype, self.seed = graph, plan, backend, TYPES[dtype], 0
         self.comm = alone
@@ -92,6 +96,11 @@ class Rehearsal(Executor):
         self._dloss = {name: np.zeros_like(mine) for name, mine in rows.items()}
         for gradient in self._dloss.values():
             gradient[:, LOSS] = 1 / len(gradient)
+        blocks, shards = self.parameters.blocks(), self.parameters.shards()
+        self._optimizer: Optimizer = optim.TABLE[rules.name](blocks, shards, backend, rules)
+        self._nbytes = sum(block.weights.nbytes for block in blocks)
+        self.update = 0.0
+        """Seconds per byte of weights that the last update took."""
 
     # --- what stands in for the other ranks ------------------------------------------------------------------------
 
@@ -129,8 +138,10 @@ class Rehearsal(Executor):
         for name, values in self._given.items():
             np.copyto(self._results[name], values)
         self._phase = TRAINING
+        begin = perf_counter()
         for group, copies in self.parameters.narrow.items():
             self.backend.narrow(self.parameters.groups[group].weights, copies)
+        narrowed = perf_counter() - begin
         taken = np.zeros((len(self.steps), 2))
         for i, step in enumerate(self.steps):
             self._apart, begin = 0.0, perf_counter()
@@ -140,6 +151,9 @@ class Rehearsal(Executor):
             self._apart, begin = 0.0, perf_counter()
             self._backward_step(step, self._dloss)
             taken[i, 1] = perf_counter() - begin - self._apart
+        begin = perf_counter()
+        self._optimizer.step(0.0)
+        self.update = (perf_counter() - begin + narrowed) / max(1, self._nbytes)
         return taken
 
     def _drawn_input(self, name: str) -> np.ndarray:

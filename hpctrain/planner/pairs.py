@@ -1,150 +1,115 @@
-"""Seconds of every pair of partitions of neighbouring groups: lower bounds, and exactly where a plan chose them."""
+"""Who sends how much to whom along an edge: one table of all pairs of ranks, from one small table for each dim."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from hpctrain.graph import Node
-from hpctrain.planner.bounds import pair_bounds
-from hpctrain.planner.groups import Group, as_partition, follow
-from hpctrain.planner.layout import Edge, kind, useful
-from hpctrain.planner.states import States
-from hpctrain.planner.transfers import transfer
-from hpctrain.regions import Distribution, Wanted, wanted
+from hpctrain.partition import AXES, Partition
+from hpctrain.planner.layout import Edge
+from hpctrain.planner.transfers import seconds, traffic
+from hpctrain.planner.wire import Wire
+from hpctrain.regions import Cut, Region
 
 
-class Link(NamedTuple):
-    """An edge between layers of two groups."""
-
-    producer: str
-    """Head of the group that `source` is in."""
-    consumer: str
-    """Head of the group that `reader` is in."""
-    source: str
-    reader: str
-    slot: int
-
-
-@dataclass
-class Table:
-    """Of all pairs of states of two groups: seconds, and whether these are exact."""
-
-    seconds: np.ndarray
-    exact: np.ndarray
-    changes: int = 0
-    """How often an entry was corrected."""
+def volumes(have: Region, want: Region, ranks: int) -> np.ndarray:
+    """(ranks, ranks) elements that each rank owns (row) of what each wants (column), its own part on the diagonal."""
+    found = np.zeros((ranks, ranks), np.int64)
+    part = np.ones((have.partition.size, want.partition.size), np.int64)
+    for owned, wished in zip(have.cuts, want.cuts, strict=True):
+        table = _overlaps(owned, wished)
+        part *= table[np.ix_(places(have.partition, owned), places(want.partition, wished))]
+    for cut in have.masks:
+        part[~_occupied(have.partition, cut)] = 0
+    for cut in want.masks:
+        part[:, ~_occupied(want.partition, cut)] = 0
+    found[: part.shape[0], : part.shape[1]] = part
+    return found
 
 
-class Pairs:
-    """Links between groups, and the tables of their seconds, of which links that are alike share one."""
+def extents(region: Region, ranks: int) -> np.ndarray:
+    """(ranks, dims) of every rank's box (masks left aside), 0 for ranks beyond the partition."""
+    found = np.zeros((ranks, len(region.cuts)), np.int64)
+    size = min(ranks, region.partition.size)
+    for dim, cut in enumerate(region.cuts):
+        lengths = np.array([max(0, stop - start) for start, stop in cut.intervals])
+        found[:size, dim] = lengths[places(region.partition, cut)[:size]]
+    return found
 
-    def __init__(self, states: States, groups: Sequence[Group], partitions: Mapping[str, np.ndarray]) -> None:
-        """`partitions` (n, 6) are the states of each group, by its head."""
-        self.states, self.graph = states, states.graph
-        self.groups = {group.head: group for group in groups}
-        self.partitions = partitions
-        self.links = list(self._links())
-        self._useful = useful(self.graph)
-        self._tables: dict[Hashable, Table] = {}
-        self._have: dict[Hashable, Distribution] = {}
-        self._want: dict[Hashable, Wanted] = {}
-        self._of = {link: self._table(link) for link in self.links}
 
-    def _links(self) -> list[Link]:
-        head = {name: group.head for group in self.groups.values() for name in group.names}
-        found = (
-            Link(head[source], head[node.name], source, node.name, slot)
-            for node in self.graph
-            for slot, source in enumerate(node.inputs)
-        )
-        return [link for link in found if link.producer != link.consumer]
+def places(partition: Partition, cut: Cut) -> np.ndarray:
+    """(size,): which interval of `cut` each rank of `partition` has."""
+    coords = np.unravel_index(np.arange(partition.size), partition.shape)
+    at = np.zeros(partition.size, np.int64)
+    for axis in cut.axes:
+        at = at * partition[axis] + coords[AXES.index(axis)]
+    return at
 
-    def __getitem__(self, link: Link) -> tuple[Hashable, Table]:
-        """(key, table) of a link."""
-        return self._of[link]
 
-    def tables(self) -> dict[tuple[str, str], list[tuple[Hashable, np.ndarray]]]:
-        """All of them, as `eliminate.solve` takes them."""
-        found: dict[tuple[str, str], list[tuple[Hashable, np.ndarray]]] = {}
-        for link in self.links:
-            key, table = self._of[link]
-            found.setdefault((link.producer, link.consumer), []).append(((key, table.changes), table.seconds))
-        return found
+def _occupied(partition: Partition, cut: Cut) -> np.ndarray:
+    return np.isin(places(partition, cut), list(cut.occupied))
 
-    # --- bounds --------------------------------------------------------------------------------------------------
 
-    def _table(self, link: Link) -> tuple[Hashable, Table]:
-        have, want = self._followed(link.producer, link.source), self._followed(link.consumer, link.reader)
-        key = (self._signature(link), have.tobytes(), want.tobytes())
-        if key not in self._tables:
-            seconds = self._bounds(link, have, want)
-            self._tables[key] = Table(seconds, np.zeros(seconds.shape, bool))
-        return key, self._tables[key]
+def _overlaps(owned: Cut, wished: Cut) -> np.ndarray:
+    """(intervals of `owned`, intervals of `wished`): elements that they share, those of borders where these belong."""
+    starts, stops = np.array(owned.intervals, np.int64).T
+    if not wished.folded:
+        first, last = np.array(wished.intervals, np.int64).T
+        return np.maximum(0, np.minimum(stops[:, None], last) - np.maximum(starts[:, None], first))
+    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
+    for column, _ in enumerate(wished.intervals):
+        for segment in wished.segments(column):
+            found[:, column] += np.maximum(0, np.minimum(stops, segment.stop) - np.maximum(starts, segment.start))
+    return found
 
-    def _followed(self, head: str, name: str) -> np.ndarray:
-        return follow(self.graph, self.groups[head], name, self.partitions[head])
 
-    def _signature(self, link: Link) -> Hashable:
-        """What the seconds of a link depend on besides partitions."""
-        source, reader = self.graph[link.source], self.graph[link.reader]
-        layer, shapes = reader.layer, reader.input_shapes
-        work = layer.work_shape(*shapes), layer.work_axes(*shapes), layer.needs(*shapes)[link.slot]
-        output = source.shape, source.layer.output_axes(*source.input_shapes)
-        return output, work, self._gradient(link), kind(self.graph, link.source)
+class Way(NamedTuple):
+    """One direction of an edge, lists by rank: (peer, bytes) that it sends and receives in messages; of its host,
+    who reads what it has and whose it reads, and the seconds that it copies."""
 
-    def _gradient(self, link: Link) -> bool:
-        return link.source in self.states.varied and link.reader in self._useful
+    sends: list[list[tuple[int, int]]]
+    receives: list[list[tuple[int, int]]]
+    readers: list[list[int]]
+    writers: list[list[int]]
+    copying: list[float]
 
-    def _bounds(self, link: Link, have: np.ndarray, want: np.ndarray) -> np.ndarray:
-        source, reader, states = self.graph[link.source], self.graph[link.reader], self.states
-        itemsize = kind(self.graph, link.source).dtype(states.setting.dtype).itemsize
-        found = pair_bounds(
-            source, have, reader, link.slot, want, self._gradient(link), itemsize, states.wire, states.ranks
-        )
-        return found * np.float32(states.setting.parts)
+    def idle(self, rank: int) -> bool:
+        """Whether a rank has no part in it."""
+        messages = self.sends[rank] or self.receives[rank] or self.readers[rank] or self.writers[rank]
+        return not messages and self.copying[rank] == 0
 
-    # --- exactly -------------------------------------------------------------------------------------------------
 
-    def price(self, link: Link, producer: int, consumer: int) -> bool:
-        """Puts the exact seconds of a pair of states into its table; whether that changed it."""
-        _, table = self._of[link]
-        if table.exact[producer, consumer]:
-            return False
-        before = table.seconds[producer, consumer]
-        table.seconds[producer, consumer] = self._exact(link, producer, consumer)
-        table.exact[producer, consumer] = True
-        changed = bool(table.seconds[producer, consumer] != before)
-        table.changes += changed
-        return changed
+def ways(edge: Edge, dtype: np.dtype, wire: Wire, hosts: Sequence[int]) -> tuple[Way, Way]:
+    """(from owners to those who want it, back) of `edge` in a run of type `dtype`."""
+    itemsize = edge.kind.dtype(dtype).itemsize
+    found = volumes(edge.have, edge.want, len(hosts)) * itemsize
+    np.fill_diagonal(found, 0)
+    at = np.array(hosts)
+    by_copying = (at[:, None] == at) & wire.copies
+    moved, near = traffic(edge, wire.per_host), wire._replace(far_alpha=0.0, far_beta=0.0)
+    both = []
+    for back, table in ((False, found), (True, found.T)):
+        copying = np.zeros(len(hosts))
+        if wire.copies:
+            taken = seconds(moved, itemsize, near, back)
+            copying[: len(taken)] = taken
+        both.append(_way(np.where(by_copying, 0, table), by_copying & (table > 0), copying))
+    return both[0], both[1]
 
-    def _exact(self, link: Link, producer: int, consumer: int) -> float:
-        source, reader, states = self.graph[link.source], self.graph[link.reader], self.states
-        have = self._followed(link.producer, link.source)[producer]
-        want = self._followed(link.consumer, link.reader)[consumer]
-        edge = Edge(
-            link.reader,
-            link.slot,
-            self._owned(source, have),
-            self._read(reader, link.slot, want),
-            kind(self.graph, link.source),
-            self._gradient(link),
-        )
-        moved = transfer(edge, states.setting.dtype, states.wire)
-        return states.setting.parts * (moved.forward + moved.backward)
 
-    def _owned(self, node: Node, row: np.ndarray) -> Distribution:
-        key = (node.name, row.tobytes())
-        if key not in self._have:
-            self._have[key] = node.layer.output(as_partition(row), *node.input_shapes)
-        return self._have[key]
-
-    def _read(self, node: Node, slot: int, row: np.ndarray) -> Wanted:
-        key = (node.name, slot, row.tobytes())
-        if key not in self._want:
-            layer, shapes = node.layer, node.input_shapes
-            self._want[key] = wanted(layer.work(as_partition(row), *shapes), layer.needs(*shapes)[slot], shapes[slot])
-        return self._want[key]
+def _way(messages: np.ndarray, copied: np.ndarray, copying: np.ndarray) -> Way:
+    ranks = range(len(copying))
+    sends: list[list[tuple[int, int]]] = [[] for _ in ranks]
+    receives: list[list[tuple[int, int]]] = [[] for _ in ranks]
+    for source, target in zip(*(which.tolist() for which in messages.nonzero()), strict=True):
+        nbytes = int(messages[source, target])
+        sends[source].append((target, nbytes))
+        receives[target].append((source, nbytes))
+    readers: list[list[int]] = [[] for _ in ranks]
+    writers: list[list[int]] = [[] for _ in ranks]
+    for source, target in zip(*(which.tolist() for which in copied.nonzero()), strict=True):
+        readers[source].append(target)
+        writers[target].append(source)
+    return Way(sends, receives, readers, writers, copying.tolist())

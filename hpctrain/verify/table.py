@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from hpctrain import memory
 from hpctrain.config import Config
-from hpctrain.console import WIDTH, wrapped
+from hpctrain.console import LETTERS, WIDTH, blocks, wrapped
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.partition import AXES, Partition, Shape
@@ -28,7 +28,6 @@ SHOWN = 5
 T = TypeVar("T")
 
 TITLES = {OUTPUT: "output", INPUT_GRADIENT: "dx", WEIGHT_GRADIENT: "dw", UPDATE: "w"}
-LETTERS = dict(zip(AXES, "bdhwck", strict=True))
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,7 @@ def _cells(row: Row) -> list[str]:
     allowed = (
         _short(limit.output) if limit.output == limit.gradient else f"{_short(limit.output)}/{_short(limit.gradient)}"
     )
-    blocks = " ".join(f"{LETTERS[axis]}{n}" for axis, n in row.partition.parts().items()) or "1"
-    return [row.layer, row.kind, blocks, *differences, allowed]
+    return [row.layer, row.kind, blocks(row.partition), *differences, allowed]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -47,8 +47,15 @@ LEVELS = {
         "console",
         "launch",
         "usage",
+        "starting",
+        "automatic",
+        "reckoning",
+        "planning",
     ),
-    7: ("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "__main__"),
+    7: (
+        *("cli", "request", "report", "demo", "doctor", "dryrun", "bench", "calibration", "__main__"),
+        *("plan_command", "plan_arguments"),
+    ),
 }
 """Top-level modules and packages of hpctrain; a module may import those of its own level and of lower ones."""
 

@@ -1,0 +1,137 @@
+"""What ranks of a host take to read each other's memory: real exchanges of halos and redistributions, timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hpctrain.comm.exchange import Arrays, Exchange
+from hpctrain.comm.neighbours import Neighbours
+from hpctrain.machine import Copies
+from hpctrain.partition import Partition, Shape, contains, extent, volume, within
+from hpctrain.regions import Along, Distribution, Region, wanted
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+FLOAT = np.dtype(np.float32)
+
+RUNS = (16, 64, 512, 8192)
+"""Floats side by side in what a rank reads of another."""
+
+PARTS = (2, 32, 512)
+"""How many such runs it reads of each other rank."""
+
+MOST = 1 << 23
+"""Floats of a rank's block at most."""
+
+
+class Case(NamedTuple):
+    """A transfer: who has what, who wants what, and what a rank copies forward (bytes, runs)."""
+
+    have: Region
+    want: Region
+    nbytes: int
+    runs: int
+
+
+def cases(ranks: int) -> list[Case]:
+    """Redistributions from cuts of the first dim to cuts of the second one, and halos of the first dim."""
+    found = []
+    for run in RUNS:
+        for parts in PARTS:
+            if ranks * parts * run > MOST:
+                continue
+            shape = ranks * parts, ranks, run
+            have = Distribution(shape, ("batch", None, None), Partition(batch=ranks))
+            other = Distribution(shape, (None, "batch", None), Partition(batch=ranks))
+            found.append(Case(have, other, ranks * parts * run * FLOAT.itemsize, ranks * parts))
+    for rows in (1, 4):
+        for run in (512, 8192, 65536):
+            have = Distribution((4 * rows * ranks, run), ("batch", None), Partition(batch=ranks))
+            want = wanted(have, (Along(0, _reach(rows)), Along(1)), have.shape)
+            sides = min(2, ranks - 1)
+            found.append(Case(have, want, sides * rows * run * FLOAT.itemsize, sides))
+    return found
+
+
+class _reach:
+    """So many rows more on either side."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, start: int, stop: int) -> tuple[int, int]:
+        return start - self.rows, stop + self.rows
+
+
+def measure(node: MPI.Intracomm, rounds: int) -> Copies | None:
+    """alpha, beta and run that fit best, relative errors counting alike; None on a host of one rank. Collective."""
+    if node.size < 2:
+        return None
+    tried = cases(node.size)
+    room = max(4 * _floats(case, rank) for case in tried for rank in range(node.size))
+    near = Neighbours(node, node.Dup(), range(node.size), room * FLOAT.itemsize, 2 * len(tried))
+    floats = near.memory.view(FLOAT)
+    floats.fill(1.0)
+    made = []
+    for i, case in enumerate(tried):
+        arrays = _arrays(case, node.rank, floats)
+        made.append(Exchange(node, case.have, case.want, arrays, 0.0, 2 * i, near))
+    taken = np.zeros((rounds, len(tried), 2))
+    for at in range(-1, rounds):
+        for i, exchange in enumerate(made):
+            for d, way in enumerate(exchange.ways):
+                way.src.fill(1.0)  # as it is in training: just written by its owner
+                node.Barrier()
+                begin = perf_counter()
+                way.run()
+                taken[max(at, 0), i, d] = perf_counter() - begin
+    for exchange in made:
+        exchange.free()
+    near.free()
+    slowest = np.max(node.allgather(taken), axis=0)
+    return _fit(tried, np.median(slowest, axis=0))
+
+
+def _fit(tried: Sequence[Case], seconds: np.ndarray) -> Copies:
+    """alpha, beta and run by least squares, and again without what would be negative."""
+    rows = np.array([[1.0, case.nbytes, case.runs] for case in tried for _ in range(2)])
+    scaled = rows / seconds.reshape(-1, 1)
+    keep = [0, 1, 2]
+    while True:
+        fit = np.linalg.lstsq(scaled[:, keep], np.ones(len(rows)), rcond=None)[0]
+        if (fit > 0).all() or len(keep) == 1:
+            break
+        keep.pop(int(np.argmin(fit * scaled[:, keep].mean(axis=0))))
+    found = np.zeros(3)
+    found[keep] = np.maximum(fit, 0.0)
+    return Copies(float(found[0]), max(float(found[1]), 1e-13), float(found[2]))
+
+
+def _arrays(case: Case, rank: int, floats: np.ndarray) -> Arrays:
+    """As an executor lays them out, from the start of `floats`."""
+    mine, wish = case.have.box(rank), case.want.box(rank)
+    inplace = volume(mine) > 0 and contains(wish, mine)
+    at = 0
+
+    def take(shape: Shape) -> np.ndarray:
+        nonlocal at
+        found = floats[at : at + prod(shape)].reshape(shape)
+        at += prod(shape)
+        return found
+
+    def pair() -> tuple[np.ndarray, np.ndarray]:
+        outer = take(extent(wish))
+        return outer, outer[within(mine, wish)] if inplace else take(extent(mine))
+
+    (y, x), (dy, dx) = pair(), pair()
+    return Arrays(x, y, inplace, dy, dx, inplace)
+
+
+def _floats(case: Case, rank: int) -> int:
+    return max(volume(case.have.box(rank)), volume(case.want.box(rank)))
