@@ -16,11 +16,11 @@ from time import perf_counter
 import numpy as np
 
 from hpctrain.graph import Graph
-from hpctrain.partition import Partition
+from hpctrain.partition import AXES, Partition
 from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.cost import price
 from hpctrain.planner.eliminate import Memo, solve
-from hpctrain.planner.groups import ALL, Group, candidates, chosen, follow, groups
+from hpctrain.planner.groups import ALL, Group, as_partition, candidates, chosen, follow, groups
 from hpctrain.planner.limits import bytes_of, fits, refusal
 from hpctrain.planner.edge_tables import Pairs
 from hpctrain.planner.plan import Plan
@@ -28,7 +28,7 @@ from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.states import States, overlaps
 
-CLOSE = 1e-4
+CLOSE = 1e-6
 """The search ends where the best plan is at most so much, relatively, above the bound."""
 
 FINALISTS = 4
@@ -84,8 +84,9 @@ def search(
     looking = Search(graph, setting, ranks, began + deadline)
     looking.refine()
     plans = [looking.plan(met) for met in looking.best_that_fit(limit)]
-    plans += [plan for plan in by_hand(graph, setting, ranks).values() if not isinstance(plan, str)]
-    plans += [plan for _, plan in uniform_plans(graph, setting, ranks)]
+    others = [plan for plan in by_hand(graph, setting, ranks).values() if not isinstance(plan, str)]
+    others += [plan for _, plan in uniform_plans(graph, setting, ranks)]
+    plans += [plan for plan in others if looking.allows(plan)]
     best: tuple[Plan, PlanCost] | None = None
     for least, plan in sorted(((looking.least(plan), plan) for plan in plans), key=lambda entry: entry[0]):
         if best is not None and least >= best[1].seconds:
@@ -113,6 +114,7 @@ class Search:
         self.met: dict[tuple[int, ...], Met] = {}
         self.notes = [f"on more than {ALL} ranks not all partitions are looked at"] if ranks > ALL else []
         self._memo = Memo()
+        self._known: dict[tuple[str, Partition], tuple[int, tuple[Partition, ...]]] = {}
         self._memory: dict[str, np.ndarray] = {}
         self._fitting: dict[tuple[Partition, ...], bool] = {}
 
@@ -164,6 +166,13 @@ class Search:
             self.notes.append(f"without a limit of memory {best.cost / min(m.cost for m in fitting):.0%} of the time")
         return sorted(fitting, key=lambda met: met.cost)[:FINALISTS]
 
+    def allows(self, plan: Plan) -> bool:
+        """Whether it cuts layers along such axes only as the setting says."""
+        heads = ((type(self.graph[group.head].layer).__name__, group.head) for group in self.groups)
+        return all(
+            plan.partitions[head].parts().keys() <= set(self.setting.only.get(kind, AXES)) for kind, head in heads
+        )
+
     def least(self, plan: Plan) -> float:
         """Seconds that any plan takes at least: what is known of its groups and of edges between these.
 
@@ -182,23 +191,28 @@ class Search:
 
     def _states(self, plan: Plan) -> dict[str, int]:
         """The states of those groups that `plan` cuts in one that is looked at."""
-        states = {}
+        found = {}
         for group in self.groups:
-            row = np.array(plan.partitions[group.head].shape)
-            same = np.flatnonzero((self.partitions[group.head] == row).all(1))
-            followers = (follow(self.graph, group, name, row[None])[0] for name in group.names)
-            alike = (plan.partitions[name].shape == tuple(f) for name, f in zip(group.names, followers, strict=True))
-            if len(same) and all(alike):
-                states[group.head] = int(same[0])
-        return states
+            first, *others = (plan.partitions[name] for name in group.names)
+            if (group.head, first) not in self._known:
+                self._known[group.head, first] = self._state(group, first)
+            state, followers = self._known[group.head, first]
+            if state >= 0 and tuple(others) == followers:
+                found[group.head] = state
+        return found
+
+    def _state(self, group: Group, partition: Partition) -> tuple[int, tuple[Partition, ...]]:
+        """(the state of that partition, -1 if it is not looked at, partitions of the layers that follow)."""
+        row = np.array(partition.shape, np.int32)
+        same = np.flatnonzero((self.partitions[group.head] == row).all(1))
+        others = (follow(self.graph, group, name, row[None])[0] for name in group.names[1:])
+        return (int(same[0]) if len(same) else -1), tuple(as_partition(other) for other in others)
 
     def found(self, plan: Plan, cost: PlanCost, seconds: float) -> Found:
         """What to say of the plan that was chosen."""
         states, step = self._states(plan), self.setting.machine.step
-        if len(states) == len(self.groups):
-            added = self._meet(states)[0].cost + step
-        else:
-            added = cost.seconds + cost.hidden
+        known = len(states) == len(self.groups)
+        added = self._meet(states)[0].cost + step if known else cost.seconds + cost.hidden
         gap = max(0.0, added - self.bound) / self.bound if self.bound else 0.0
         count = sum(map(len, self.partitions.values()))
         return Found(plan, cost, self.bound, gap, self.rounds, seconds, count, tuple(self.notes))
