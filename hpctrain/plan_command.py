@@ -75,7 +75,8 @@ def list_grids(task: Task, options: Options) -> Records:
     ranks, epoch = options.ranks or 1, options.per == "epoch"
     if options.accounting == "paper":
         steps = task.data.samples / task.batch if epoch else 1.0
-        found = paper.grids(task.graph, task.machine, ranks, paper.conv_by(task.setting.only))
+        by, overlap = paper.conv_by(task.setting.only), task.setting.overlap is True
+        found = paper.grids(task.graph, task.machine, ranks, by, overlap)
         records = [totals.paper_record(record.times(steps)) for record in found]
     else:
         whole = task.steps if epoch else 1

@@ -52,13 +52,13 @@ class Line:
 def lines(cost: PlanCost, every: bool = False) -> list[Line]:
     """The lines of a plan. Inputs have none.
 
-    Of many layers, neighbours with one partition share a line: those that take no time of their own go with the one
-    before, or if that is not enough whole blocks of the network (what stands before the first dot of a name), or all.
+    Neighbours with one partition share a line: those that take no time of their own go with the one before, and if that
+    leaves too many, whole blocks of the network (what stands before the first dot of a name), or all. Or not at all.
     """
     layers = [layer for layer in cost.layers if layer.kind != "Input"]
-    found = [Line((layer,)) for layer in layers]
-    if every or len(found) <= MANY:
-        return found
+    if every:
+        return [Line((layer,)) for layer in layers]
+    found: list[Line] = []
     for joined in (_follows, _same_block, _same_partition):
         found = _fold(layers, joined)
         if len(found) <= MANY:
