@@ -144,7 +144,7 @@ def _cells(figures: Sequence[float], unit: str) -> list[str]:
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     left = [_shortened(cells[0], widths[0]).ljust(widths[0]), cells[1].ljust(widths[1])]
     right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join([*left, *right])
+    return "  ".join([*left, *right]).rstrip()
 
 
 def _shortened(name: str, width: int) -> str:

@@ -263,7 +263,6 @@ def test_trace_of_a_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["run.toml", "--ranks", "2", "-o", "nowhere/p.json"], "there is no folder"),
         (["run.toml", "--ranks", "2", "data.sample="], "data.sample = {shape = "),
         (["run.toml", "--ranks", "2", "--per", "epoch", "--batch", "1439"], "only 1438 samples"),
-        (["run.toml", "--ranks", "2", 'plan.only={Conv=["depth"]}'], "plan.only"),
         (["run.toml", "--ranks", "2", "sync.strategy=elastic", "sync.replicas=2"], "sync.strategy"),
         (["run.toml", "--ranks", "2", "model.name=lenett"], "model.name = 'lenett': not a network here"),
     ],

@@ -316,7 +316,7 @@ def test_plan_beside_others() -> None:
     text = list(totals.beside(cost, others))
     assert widest(text) <= 79
     assert text[1].split() == ["this", "plan", "17.0", "1.00"]
-    assert text[2].split() == ["data", "40.0", "2.35", "height=2"]
+    assert text[2].split() == ["data", "40.0", "2.35", "mostly", "height=2"]
     assert text[3].startswith("domain     -  layer a has only 1 row")
     summary, beside, refused = totals.records(cost, others, 1)
     assert summary["seconds"] == pytest.approx(0.017)
