@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import launching
@@ -274,19 +275,43 @@ def test_every_layer_has_a_line_and_sums_are_right() -> None:
     assert (records[1]["source"], records[1]["pc"], records[2]["pr"]) == ("measured", 2, 2)
 
 
-def test_many_layers_share_lines_that_add_up() -> None:
-    found = [layer(f"block{i // 9}.long.name.of.a.layer.{i % 9}", {"batch": 4 if i < 70 else 2}) for i in range(90)]
-    cost = PlanCost(tuple(found), 4)
-    text = list(layers.table(cost))
-    assert len(text) < 20
+def network(cut: Callable[[int, int, int], int]) -> list[LayerCost]:
+    """4 stages of 5 blocks of 9 layers and two more; `cut` gives blocks along the batch, of stage, block and layer."""
+    found = [
+        layer(f"stage{i}.{j}.a_layer_of_long_name{k}", {"batch": cut(i, j, k)})
+        for i in range(4)
+        for j in range(5)
+        for k in range(9)
+    ]
+    return [layer("first", {"batch": 4}), *found, layer("last", {"batch": 4})]
+
+
+@pytest.mark.parametrize(
+    ("cut", "count", "name", "blocks"),
+    [
+        (lambda i, j, k: 4, 6, "stage0.0.a_layer_of_long_name0 +44", "b4"),
+        (lambda i, j, k: 4 if j < 2 else 2, 10, "stage0.0.a_layer_of_long_name0 +17", "b4"),
+        (lambda i, j, k: 2 if k == 0 else 4, 38, "stage0.0.a_layer_of_long_name0 x5", "b2"),
+        (lambda i, j, k: 2 if k % 4 == 0 else 4, 38, "stage0.0.a_layer_of_long_name0 x5", "b2"),
+        (lambda i, j, k: 2 if (j + k) % 5 == 0 else 4, 6, "stage0.0.a_layer_of_long_name0 +44", "b4 .."),
+    ],
+    ids=["alike", "two halves", "one layer", "some layers", "no order"],
+)
+def test_many_layers_share_lines_that_add_up(
+    cut: Callable[[int, int, int], int], count: int, name: str, blocks: str
+) -> None:
+    found = network(cut)
+    rows = layers.lines(PlanCost(tuple(found), 4))
+    assert (len(rows), rows[1].name, rows[1].blocks) == (count, name, blocks)
+    assert sorted(layer.name for row in rows for layer in row.layers) == sorted(layer.name for layer in found)
+    assert sum(row.figures(1)[0] for row in rows) == pytest.approx(0.182)
+    assert len(layers.lines(PlanCost(tuple(found), 4), every=True)) == 182
+    text = list(layers.table(PlanCost(tuple(found), 4)))
     assert widest(text) <= 79
-    assert "+8 " in text[1]
-    rows = layers.lines(cost)
-    assert sum(len(row.layers) for row in rows) == 90
-    assert all(layer.partition == row.partition for row in rows for layer in row.layers)
-    assert len(layers.lines(cost, every=True)) == 90
-    whole = sum(row.figures(1)[0] for row in rows)
-    assert whole == pytest.approx(0.09)
+    legend = " ".join(text[-1].split())
+    assert ("xN: in N blocks alike" in legend) == (" x" in name)
+    assert ("+N: with the N layers after it" in legend) == (" +" in name)
+    assert (".. : and others" in legend) == blocks.endswith("..")
 
 
 def test_layers_without_time_of_their_own_go_with_the_one_before() -> None:
@@ -316,7 +341,7 @@ def test_plan_beside_others() -> None:
     text = list(totals.beside(cost, others))
     assert widest(text) <= 79
     assert text[1].split() == ["this", "plan", "17.0", "1.00"]
-    assert text[2].split() == ["data", "40.0", "2.35", "height=2"]
+    assert text[2].split() == ["data", "40.0", "2.35", "mostly", "height=2"]
     assert text[3].startswith("domain     -  layer a has only 1 row")
     summary, beside, refused = totals.records(cost, others, 1)
     assert summary["seconds"] == pytest.approx(0.017)
@@ -375,7 +400,14 @@ def test_plot_of_scaling(suffix: str, tmp_path: Path) -> None:
     if suffix == ".png":
         assert raw.startswith(b"\x89PNG")
     else:
-        for text in ("lenet on a toy", "ranks", "samples per second, predicted", "ideal", "data", "plan of hpctrain"):
+        for text in (
+            "lenet on a toy",
+            "ranks",
+            "samples per second, predicted",
+            "ideal",
+            "data alone",
+            "plan of hpctrain",
+        ):
             assert f">{text}</text>" in raw.decode()
 
 
