@@ -55,7 +55,12 @@ def overlaps(setting: Setting, hosts: Sequence[int]) -> bool:
 
 
 def reductions(
-    graph: Graph, plan: Plan, setting: Setting, places: Mapping[str, Layout], units: Sequence[Unit], hosts: Sequence[int]
+    graph: Graph,
+    plan: Plan,
+    setting: Setting,
+    places: Mapping[str, Layout],
+    units: Sequence[Unit],
+    hosts: Sequence[int],
 ) -> list[Bucket]:
     """All buckets, those of a group together, in the order in which ranks begin those that one unit completes."""
     dtype = exact(setting.dtype)
@@ -77,9 +82,7 @@ def reductions(
     return [bucket for bucket in found if bucket.elements]
 
 
-def _groups(
-    graph: Graph, places: Mapping[str, Layout], units: Sequence[Unit], ranks: int
-) -> dict[Group, list[_Part]]:
+def _groups(graph: Graph, places: Mapping[str, Layout], units: Sequence[Unit], ranks: int) -> dict[Group, list[_Part]]:
     """As `parameters.sorted_by_group`: groups in order of first use, what decays first, then in order of the graph."""
     unit_of = {name: i for i, unit in enumerate(units) for name in unit.names}
     found: dict[Group, tuple[list[_Part], list[_Part]]] = {}

@@ -85,9 +85,7 @@ def workload(
     )
 
 
-def _compute(
-    order: Schedule, places: dict[str, Layout], ranks: int, pricer: Pricer
-) -> list[list[tuple[float, float]]]:
+def _compute(order: Schedule, places: dict[str, Layout], ranks: int, pricer: Pricer) -> list[list[tuple[float, float]]]:
     """Each rank's block has its own time; few of them differ."""
     found = []
     for unit in order.units:
@@ -111,9 +109,7 @@ def _moves(
         to_wanters, to_owners = ways(edge, setting.dtype, wire, hosts)
         # partial sums run backwards in the forward pass
         forward, backward = (to_wanters, to_owners) if edge.slot is not None else (to_owners, to_wanters)
-        found[key] = Moves(
-            forward, backward if edge.gradient else None, "halo" if is_halo(edge) else "redistribution"
-        )
+        found[key] = Moves(forward, backward if edge.gradient else None, "halo" if is_halo(edge) else "redistribution")
     return found
 
 
