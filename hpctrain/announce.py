@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpctrain import launch
+from hpctrain import launch, reckoning
 from hpctrain.comm.replicas import Replicas
 from hpctrain.comm.world import STOPPED, World
 from hpctrain.config import Config
 from hpctrain.console import Console, wrapped
 from hpctrain.optim import schedule
 from hpctrain.planner.plan import Plan
+from hpctrain.reckoning import Forecast, Steps
 from hpctrain.usage import Usage
 
 
@@ -33,6 +34,15 @@ def run(
         console.warn(f"the plan uses {plan.ranks} of {world.size} ranks; the others idle")
     for line in plan.notes:
         console.note(wrapped(line))
+
+
+def steps(console: Console, world: World, folder: Path, found: Steps, forecast: Forecast | None) -> None:
+    """What a step took, beside what it should have taken, and how to know that better."""
+    lines = reckoning.table(found, world.size, forecast)
+    if forecast is None or forecast.guess:
+        line = launch.command_line(world.size, ["calibrate", str(folder / "config.toml")])
+        lines.append(f"for a prediction, measure the layers of this network on this machine:\n{line}")
+    console.note("\n".join(lines))
 
 
 def stopped(console: Console, world: World, folder: Path, step: int) -> None:

@@ -32,6 +32,9 @@ Allreduce = Literal[
 ]
 """The names of comm.allreduce.TABLE."""
 
+AUTO = "auto"
+"""The plan.grid that the planner finds."""
+
 Axis = Literal["batch", "depth", "height", "width", "channel", "contraction"]
 """Those of partition.AXES."""
 

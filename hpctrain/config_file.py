@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict, replace
 
-from hpctrain.config import Compress, Config, Grid, Optim, Schedule, Sync
+from hpctrain.config import AUTO, Compress, Config, Grid, Optim, Schedule, Sync
 from hpctrain.errors import ConfigError
+from hpctrain.machine import shipped
 from hpctrain.toml_errors import Problem, find_problems, report
 from hpctrain.toml_text import dumps, lay_over, parse_override, read
 
@@ -206,11 +207,12 @@ def _absolute(config: Config) -> Config:
     model, data, plan, run = config.model, config.data, config.plan, config.run
     name = str(Path(model.name).absolute()) if re.search(r"\.(py:\w+)$", model.name) else model.name
     test = None if data.test is None else str(Path(data.test).absolute())
-    grid = str(Path(plan.grid).absolute()) if isinstance(plan.grid, str) else plan.grid
+    grid = str(Path(plan.grid).absolute()) if isinstance(plan.grid, str) and plan.grid != AUTO else plan.grid
+    machine = str(Path(plan.machine).absolute()) if plan.machine and plan.machine not in shipped() else plan.machine
     return replace(
         config,
         model=replace(model, name=name),
         data=replace(data, train=str(Path(data.train).absolute()), test=test),
-        plan=replace(plan, grid=grid),
+        plan=replace(plan, grid=grid, machine=machine),
         run=replace(run, folder=str(Path(run.folder).absolute())),
     )

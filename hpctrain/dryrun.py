@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from hpctrain import launch, machine, prepare
 from hpctrain.comm.allreduce import choose
 from hpctrain.comm.shared import room
-from hpctrain.config import Config
+from hpctrain.config import AUTO, Config
 from hpctrain.config_file import to_toml
 from hpctrain.console import print_json, wrapped
 from hpctrain.data.files import write_atomic
+from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
 from hpctrain.memory import mib
 from hpctrain.optim import schedule
@@ -26,6 +28,13 @@ def run(config: Config, words: Sequence[str], plan_out: Path | None, as_json: bo
 
     The last line runs it: `words` are those of the command line that asks for that. The plan goes to `plan_out` too.
     """
+    if config.plan.grid == AUTO:
+        given = [word for word in words[1:] if not word.startswith("plan.grid=")]
+        line = shlex.join(["hpctrain", "plan", *given, "--ranks", "2", "-o", "plan.json"])
+        raise PlanError(
+            f'plan.grid = "{AUTO}" is found for the ranks of a run, and --dry-run has none; to see it for any number '
+            f"of them, and have it as a file for plan.grid:\n{line}"
+        )
     data, _ = prepare.open_datasets(config)
     copies = prepare.replicas(config)
     alone = prepare.of_replica(config, copies)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hpctrain import launch, planning
+from hpctrain.comm.launchers import launched
 from hpctrain.console import Console, print_json, wrapped
 from hpctrain.data.files import write_atomic
-from hpctrain.errors import ConfigError, PlanError
+from hpctrain.errors import ConfigError, LaunchError, PlanError
 from hpctrain.memory import mib
 from hpctrain.plan_arguments import Options
 from hpctrain.planner import paper, scaling, trace
@@ -32,6 +35,9 @@ Records = list[dict[str, Any]]
 
 def run(request: RunRequest, options: Options) -> int:
     """Print what the options ask for; the last line before the JSON says how to run the plan."""
+    if (by := launched(os.environ)) is not None and by.size > 1:
+        line = shlex.join([*launch.program(), *sys.argv[1:]])
+        raise LaunchError(f"{by.name} started {by.size} processes, but a plan is made by one, without MPI:\n{line}")
     if options.batch is not None:
         request.overrides.append(f"train.batch={options.batch}")
     if options.plot is not None:
@@ -75,9 +81,7 @@ def list_grids(task: Task, options: Options) -> Records:
         whole = task.steps if epoch else 1
         records = [totals.grid_record(grid, cost, whole) for grid, _, cost in grids(task.graph, task.setting, ranks)]
     if not records:
-        raise PlanError(
-            f"no grid of {ranks} ranks for a batch of {task.batch} of this network; give a larger --batch, or fewer ranks"
-        )
+        raise PlanError(f"no grid of {ranks} ranks for batches of {task.batch}; give a larger --batch, or fewer ranks")
     _say(f"all grids of {ranks} rank{'s' * (ranks > 1)}, by the {options.accounting}'s accounting")
     print()
     _show(totals.grid_table(records, options.per))
@@ -223,8 +227,7 @@ def _spent(task: Task, ranks: int, cost: PlanCost) -> Iterable[str]:
 
 
 def _proof(found: Found) -> str:
-    rounds = f"{found.rounds} round{'s' * (found.rounds != 1)}"
     return (
-        f"no plan among {found.candidates:,} partitions of layers takes less than {layers.seconds(found.bound)}: "
-        f"at most {100 * found.gap:.2g} % is to be gained; found in {layers.seconds(found.seconds)}, {rounds}"
+        f"no plan by {found.candidates:,} partitions of layers takes less than {layers.seconds(found.bound)} before "
+        f"overlap; this one is {100 * found.gap:.2g} % above that (found in {layers.seconds(found.seconds)})"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec import structs
 
 from hpctrain import models
-from hpctrain.config import Config
+from hpctrain.config import AUTO, Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.errors import ConfigError, DataError, PlanError
 from hpctrain.graph import Graph
@@ -27,15 +27,23 @@ from hpctrain.precision import TYPES
 def replicas(config: Config, ranks: int = 0) -> int:
     """How many copies of the network a run on so many ranks trains; raises as `of_replica` does.
 
-    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense.
+    Where the config does not say, as many as there is room for, or if there is less, the fewest that make sense. Copies
+    whose plan is to be found have a rank each then.
     """
     if config.sync.strategy == "allreduce":
         return 1
-    grid = config.plan.grid
-    asked = plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
+    asked = asked_ranks(config)
     count = config.sync.replicas or max(1 + config.sync.spare, ranks // asked)
     of_replica(config, count)
     return count
+
+
+def asked_ranks(config: Config) -> int:
+    """Ranks that the config's grid or plan file asks for; 1 where the plan is to be found, for any number of them."""
+    grid = config.plan.grid
+    if grid == AUTO:
+        return 1
+    return plans.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
 
 
 def of_replica(config: Config, count: int) -> Config:
@@ -52,9 +60,14 @@ def of_replica(config: Config, count: int) -> Config:
     return structs.replace(config, train=structs.replace(config.train, batch=batch // count))
 
 
-def require_replicas(config: Config, plan: Plan, count: int, ranks: int) -> None:
-    """Raises PlanError where `count` replicas of `plan` are not just what `ranks` ranks hold."""
-    if config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
+def require_replicas(config: Config, plan: Plan | None, count: int, ranks: int) -> None:
+    """Raises PlanError where `count` replicas of `plan`, or of one to be found, are not just what `ranks` hold."""
+    if plan is None and ranks % count:
+        raise PlanError(
+            f"{count} replicas cannot have equally many of {ranks} ranks; start a multiple of {count}, or set "
+            "sync.replicas"
+        )
+    if plan is None or config.sync.strategy == "allreduce" or count * plan.ranks == ranks:
         return
     fits = f"sync.replicas = {ranks // plan.ranks} would fit" if ranks % plan.ranks == 0 else "no number of them fits"
     raise PlanError(
@@ -168,7 +181,7 @@ def _shapes(tensors: dict[str, tuple[Shape, bool]]) -> str:
 
 
 def make_plan(config: Config, graph: Graph, resume: Path | None = None) -> Plan:
-    """The plan that `config` asks for: a grid for all layers, or a plan file. Raises PlanError.
+    """The plan that `config` names: a grid for all layers, or a file; `automatic` finds others. Raises PlanError.
 
     A run that goes on in the folder `resume` with the same partitions keeps the allreduce algorithms chosen then: its
     sums are added in the same order.
@@ -201,14 +214,6 @@ def _require_groups(graph: Graph, plan: Plan) -> None:
         if name not in groups:
             there = f"choose one of {'; '.join(groups)}" if groups else "no gradients are summed"
             raise PlanError(f"allreduce of {name!r}: no such group of ranks in this plan; {there}")
-
-
-def needed(config: Config) -> str:
-    """Which rank needs most memory to train as `config` says, and how much. Raises as the functions above do."""
-    data, _ = open_datasets(config)
-    alone = of_replica(config, replicas(config))
-    graph = build_graph(alone, data)
-    return most_memory(alone, graph, make_plan(alone, graph))
 
 
 def most_memory(config: Config, graph: Graph, plan: Plan, among: int = 64) -> str:

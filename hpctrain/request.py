@@ -81,21 +81,20 @@ def require_ranks(config: Config, size: int) -> None:
     A plan that no number of ranks could run is refused as such: raises what `prepare` raises.
     """
     from hpctrain import launch, prepare
-    from hpctrain.planner import plan
+    from hpctrain.config import AUTO
 
-    grid = config.plan.grid
-    asked = plan.load(Path(grid)).ranks if isinstance(grid, str) else grid.partition.size
+    grid, asked = config.plan.grid, prepare.asked_ranks(config)
     copies = prepare.replicas(config, size)
     if copies * asked <= size:
         return
     # Small layers may get less of a grid than was asked for. That takes the network, so it is found out only here.
     data, _ = prepare.open_datasets(config)
     alone = prepare.of_replica(config, copies)
-    each = prepare.make_plan(alone, prepare.build_graph(alone, data)).ranks
+    each = 1 if grid == AUTO else prepare.make_plan(alone, prepare.build_graph(alone, data)).ranks
     ranks = copies * each
     if ranks <= size:
         return
-    what = grid if isinstance(grid, str) else f"plan.grid: {grid.partition}"
+    what = f"plan.grid: {grid}" if grid == AUTO else grid if isinstance(grid, str) else f"plan.grid: {grid.partition}"
     fitted = ", coarsened to fit the network," if each < asked else ""
     fitted += f" for {copies} replicas" if copies > 1 else ""
     there = f"{size} were started" if launch.under_launcher() else "no launcher started this process"

@@ -48,6 +48,15 @@ def write(folder: Path, config: Config, plan: Plan, world: World) -> None:
         raise ConfigError(f"run.folder = {str(folder)!r}: cannot be written: {error}") from None
 
 
+def ranks(folder: Path) -> int | None:
+    """On how many ranks the run in `folder` last began; None where that is not to be found."""
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["ranks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def digest(ids: np.ndarray) -> str:
     """16 hex digits that stand for a sequence of sample ids in metrics.jsonl."""
     return xxhash.xxh3_64_hexdigest(ids.astype(np.int64).tobytes())

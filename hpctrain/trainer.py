@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from math import isfinite, sqrt
 from pathlib import Path
-from time import perf_counter, sleep
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain import announce, backends, memory, optim, prepare, runfolder, summation, sync, usage
-from hpctrain.comm.replicas import divide
+from hpctrain import announce, backends, memory, optim, prepare, reckoning, runfolder, starting, summation, sync, usage
 from hpctrain.comm.watched import begin, watched
 from hpctrain.comm.world import STOPPED, World, all_ranks
 from hpctrain.config import Config
@@ -27,7 +26,9 @@ from hpctrain.metrics import MetricsFile, Totals
 from hpctrain.optim import schedule
 from hpctrain.optim.clip import clip_factor
 from hpctrain.planner import memory as planned
+from hpctrain.reckoning import Clock
 from hpctrain.saving import Progress, Saver, common
+from hpctrain.starting import Start
 from hpctrain.together import Together
 from hpctrain.verdict import LOWER, Suspects, Verdict, blame, judge
 
@@ -40,8 +41,9 @@ def run(world: World, config: Config, resume: Path | None = None, json_output: b
     console = Console(world.rank, config.run.log_every)
     begin(world.comm, config.run.stall_seconds, config.run.abort_seconds, config.debug.collectives)
     try:
-        with memory.explained(lambda: prepare.needed(config)):
-            return Trainer(world, config, console, resume).train(json_output)
+        start = starting.start(world, config, resume)
+        with memory.explained(lambda: prepare.most_memory(start.alone, start.graph, start.plan)):
+            return Trainer(world, config, console, start, resume).train(json_output)
     finally:
         console.close()
 
@@ -49,27 +51,21 @@ def run(world: World, config: Config, resume: Path | None = None, json_output: b
 class Trainer:
     """One run. Collective over `world`; errors in config, data and plan are raised on all ranks alike."""
 
-    def __init__(self, world: World, config: Config, console: Console, resume: Path | None = None) -> None:
-        self.world, self.config, self.console = world, config, console
+    def __init__(
+        self, world: World, config: Config, console: Console, start: Start, resume: Path | None = None
+    ) -> None:
+        self.world, self.config, self.console, self.start = world, config, console, start
         self.everybody, self.folder = watched(world.comm, "agreement of all ranks"), Path(config.run.folder)
+        self.graph, self.plan, self.replicas, self.comm = start.graph, start.plan, start.replicas, start.comm
+        self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
+        alone, around, copies = start.alone, start.around, self.replicas.count
         with all_ranks(self.everybody):
-            self.data, self.test = prepare.open_datasets(config)
-            copies = prepare.replicas(config, world.size)
-            alone = prepare.of_replica(config, copies)
-            self.graph = prepare.build_graph(alone, self.data)
-            self.losses = {node.name: node.layer for node in self.graph.losses if isinstance(node.layer, Loss)}
-            self.plan = prepare.make_plan(alone, self.graph, resume)
-            prepare.require_replicas(config, self.plan, copies, world.size)
-            self.batches = Batches(self.data.samples, config.train.batch, config.train.seed)
-        self.replicas = divide(world.comm, copies)
-        self.comm = watched(self.replicas.inside, f"agreement of all ranks{' of a replica' * (copies > 1)}")
-        around = summation.surroundings(self.comm, world.library)
-        with all_ranks(self.everybody):
+            self.batches = Batches(start.data.samples, config.train.batch, config.train.seed)
             need = planned.of_run(alone, self.graph, self.plan, [self.comm.rank], around.hosts)[self.comm.rank]
             backend = backends.get(config.train.backend, config.train.exact)
         if config.data.verify:
             with all_ranks(watched(world.comm, "verification of the data", patient=True)):
-                prepare.verify(self.data, self.test, world.rank, world.size)
+                prepare.verify(start.data, start.test, world.rank, world.size)
         keeping = prepare.without_recomputing(alone, self.graph, self.plan, self.comm.rank, around.hosts)
         self.usage = usage.Usage(world, need, keeping)
         backend.use_threads(world.threads)
@@ -86,12 +82,11 @@ class Trainer:
         self.optimizer = optim.TABLE[rules.name](flat.blocks(), flat.shards(), backend, rules, comm)
         self.together = Together(world, self.replicas, config, self.executor, self.optimizer)
         with all_ranks(self.everybody):
-            self.feed = self._feed(self.data, self.batches)
-            self.tests = None if self.test is None else self._test_feed(self.test)
-        self.saver = Saver(world, config, self.executor, self.optimizer, self.together, self.data.uuid, console)
+            self.feed = self._feed(start.data, self.batches)
+            self.tests = None if start.test is None else self._test_feed(start.test)
+        self.clock = Clock(self.executor, self.feed, self.together, config.train.batch)
+        self.saver = Saver(world, config, self.executor, self.optimizer, self.together, start.data.uuid, console)
         self.at: Progress = self.saver.restore(resume)
-        self.seconds: float = 0.0
-        self.rate: float | None = None
         with all_ranks(self.everybody):
             if world.rank == 0:
                 runfolder.write(self.folder, config, summation.recorded(self.plan, self.executor), world)
@@ -112,7 +107,7 @@ class Trainer:
             records.append(self._finish_epoch() if self.at.position == self.batches.steps else self._report("end"))
         self._save()
         if records:
-            records[-1] |= self._report_memory()
+            records[-1] |= self._report_memory() | self._report_steps()
         self.console.note(f"run folder {self.folder}")
         if json_output and self.world.rank == 0:
             print_json("train", records)
@@ -121,22 +116,21 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; whether it ended early because a rank was asked to stop."""
         steps = self.batches.steps
-        begin, first, self.phases = perf_counter(), self.at.step, self._phases()
-        self.seconds, self.rate = 0.0, None
+        self.clock.begin_epoch(self.at.step)
         with self.console.progress(steps, f"epoch {self.at.epoch + 1}/{self.config.train.epochs}") as bar:
             bar.advance(self.at.position)
             while self.at.position < steps and not self._enough():
                 stop = self.step()
-                self._time(begin, first)
+                self.clock.count(self.at.step)
                 loss = self.at.totals.means(self.losses)["loss"]
-                bar.advance(self.at.position - bar.done, f"loss {loss:.4f}  {self.rate:.0f} samples/s")
+                bar.advance(self.at.position - bar.done, f"loss {loss:.4f}  {self.clock.rate:.0f} samples/s")
                 due = self._due(self.config.checkpoint.every_steps, self.at.step) and self.at.position < steps
                 if (stop or due) and self._meet():
                     return True
                 if due:
                     self._save()
         stop = self.together.apart and self._meet()
-        self._time(begin, first)
+        self.clock.count(self.at.step)
         return stop
 
     def _meet(self) -> bool:
@@ -150,6 +144,7 @@ class Trainer:
 
         Of replicas that do not agree in every step: whether they are called to a meeting, and nothing is raised.
         """
+        self.clock.begin_step()
         epoch, position, steps, train = self.at.epoch, self.at.position, self.batches.steps, self.config.train
         lr = schedule.learning_rate(self.config.optim, train.batch, self.at.step, steps, train.epochs * steps)
         verdict = self.together.gradients(self.at.step, self._gradients)
@@ -164,6 +159,7 @@ class Trainer:
                 fields["gradient_norm"] = verdict.gradient_norm
             digest = runfolder.digest(self.batches.ids(epoch, position)[0])
             self.metrics.write("step", step=self.at.step, epoch=epoch, **fields, samples=digest)
+        self.clock.end_step()
         return verdict.stop
 
     def _gradients(self) -> Verdict:
@@ -264,13 +260,13 @@ class Trainer:
 
     def _report(self, event: str) -> dict[str, Any]:
         """Evaluate where that is due, and record how training goes; the record."""
-        spent = {phase: value - self.phases[phase] for phase, value in self._phases().items()}
+        spent = self.clock.epoch()
         totals = common(self.replicas, self.at).totals
         record: dict[str, Any] = {"epoch": self.at.epoch, "step": self.at.step} | totals.means(self.losses)
         last = event == "end" or self.at.epoch == self.config.train.epochs
         if self.tests is not None and (last or self._due(self.config.train.eval_every, self.at.epoch)):
             record |= self.evaluate(self.tests).means(self.losses, "test_")
-        record |= {"seconds": self.seconds, "samples_per_second": self.rate, **spent}
+        record |= spent
         if self.world.rank == 0:
             self.metrics.write(event, **record)
             self.metrics.flush()
@@ -287,6 +283,20 @@ class Trainer:
         self.console.note(usage.describe(used))
         return usage.largest(used)
 
+    def _report_steps(self) -> dict[str, float | None]:
+        """Record and say what a step took, beside what it should by the plan; figures of a whole one. Collective."""
+        found, forecast = reckoning.slowest(self.everybody.allgather(self.clock.steps(self.world.rank))), None
+        if found is None:
+            return {}
+        with all_ranks(self.everybody):
+            if self.world.rank == 0:
+                forecast = self.start.forecast(summation.recorded(self.plan, self.executor))
+                reckoning.write(self.folder, found, forecast)
+                self.metrics.write("prediction", step=self.at.step, **reckoning.record(found, forecast))
+                self.metrics.flush()
+        announce.steps(self.console, self.world, self.folder, found, forecast)
+        return reckoning.summary(found, forecast)
+
     def _not_finite(self, comm: Intracomm, where: str, why: str, remedy: str) -> None:
         """Stop or go on as the config says, all ranks of `comm` alike."""
         if self.config.train.nonfinite == "stop":
@@ -295,18 +305,6 @@ class Trainer:
             self.console.warn(f"{where}: not finite: {why}; skipped")
 
     # --- small things ----------------------------------------------------------------------------------------------
-
-    def _phases(self) -> dict[str, float]:
-        """What this rank has spent so far: seconds by phase, and bytes sent in exchanges."""
-        spent = {f"{phase}_seconds": seconds for phase, seconds in self.executor.seconds.items()}
-        if self.together.apart:
-            spent |= {"sync_seconds": self.together.seconds, "waited_seconds": self.together.waited}
-        return spent | {"input_seconds": self.feed.seconds, "bytes_sent": self.executor.bytes_sent()}
-
-    def _time(self, begin: float, first: int) -> None:
-        if self.at.step > first:
-            self.seconds = perf_counter() - begin
-            self.rate = (self.at.step - first) * self.config.train.batch / self.seconds
 
     def _save(self) -> None:
         self.saver.save(self.at)

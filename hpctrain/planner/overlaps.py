@@ -113,11 +113,12 @@ def groups(region: Region) -> list[Group]:
             axes = (*other[0], *(axis for axis in axes if axis not in other[0]))
             dims, masks = (*other[1], *dims), (*other[2], *masks)
         joined.append((axes, dims, masks))
-    found = [_group(region, *one) for one in joined]
-    return sorted(found, key=lambda group: min(group.dims, default=len(region.cuts)))
+    found = [group(region, *one) for one in joined]
+    return sorted(found, key=lambda one: min(one.dims, default=len(region.cuts)))
 
 
-def _group(region: Region, axes: tuple[str, ...], dims: tuple[int, ...], masks: tuple[Cut, ...]) -> Group:
+def group(region: Region, axes: tuple[str, ...], dims: tuple[int, ...], masks: Sequence[Cut]) -> Group:
+    """Those dims and masks of a region, whose cuts are along `axes`, as one."""
     size = int(np.prod([region.partition[axis] for axis in axes], dtype=np.int64))
     taking = np.ones(size, bool)
     for mask in masks:

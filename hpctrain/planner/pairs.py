@@ -30,11 +30,12 @@ def volumes(have: Region, want: Region, ranks: int) -> np.ndarray:
 
 
 def extents(region: Region, ranks: int) -> np.ndarray:
-    """(ranks, dims) of every rank's box, 0 for ranks beyond the partition."""
+    """(ranks, dims) of every rank's box (masks left aside), 0 for ranks beyond the partition."""
     found = np.zeros((ranks, len(region.cuts)), np.int64)
+    size = min(ranks, region.partition.size)
     for dim, cut in enumerate(region.cuts):
         lengths = np.array([max(0, stop - start) for start, stop in cut.intervals])
-        found[: region.partition.size, dim] = lengths[places(region.partition, cut)]
+        found[:size, dim] = lengths[places(region.partition, cut)[:size]]
     return found
 
 
@@ -53,8 +54,11 @@ def _occupied(partition: Partition, cut: Cut) -> np.ndarray:
 
 def _overlaps(owned: Cut, wished: Cut) -> np.ndarray:
     """(intervals of `owned`, intervals of `wished`): elements that they share, those of borders where these belong."""
-    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
     starts, stops = np.array(owned.intervals, np.int64).T
+    if not wished.folded:
+        first, last = np.array(wished.intervals, np.int64).T
+        return np.maximum(0, np.minimum(stops[:, None], last) - np.maximum(starts[:, None], first))
+    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
     for column, _ in enumerate(wished.intervals):
         for segment in wished.segments(column):
             found[:, column] += np.maximum(0, np.minimum(stops, segment.stop) - np.maximum(starts, segment.start))

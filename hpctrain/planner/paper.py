@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import log, prod
+from math import prod
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +17,8 @@ import numpy as np
 from hpctrain.errors import ConfigError, PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import Conv, Dense
-from hpctrain.machine import Compute, Level, Machine
+from hpctrain.machine import Level, Machine
+from hpctrain.planner.compute import efficiency
 
 WORD = 4
 """Bytes."""
@@ -169,12 +170,7 @@ def compute_seconds(graph: Graph, machine: Machine, ranks: int) -> float:
         raise ConfigError(f"machine {machine.name or 'without a name'}: compute is unknown; add it to its file")
     flops = [node.layer.flops(*node.input_shapes) for node in graph if isinstance(node.layer, Conv | Dense)]
     share = 3 * sum(flops) / ranks
-    return share / (machine.compute.flops * _efficiency(machine.compute, share / (2 * len(flops))))
-
-
-def _efficiency(compute: Compute, operations: float) -> float:
-    calls, shares = zip(*compute.efficiency, strict=True)
-    return float(np.interp(log(operations), np.log(calls), shares))
+    return share / (machine.compute.flops * float(efficiency(machine.compute, np.array(share / (2 * len(flops))))))
 
 
 def _wire(machine: Machine, ranks: int) -> Level:

@@ -45,8 +45,9 @@ def scaling(path: Path, found: Scaling, others: Mapping[str, Mapping[int, float]
     for name, taken in others.items():
         marker, size, colour = OTHERS.get(name, ("x", 7, "tab:red"))
         at = [point for point in points if point.ranks in taken]
-        style = {"marker": marker, "markersize": size, "fillstyle": "none", "color": colour, "linewidth": 1}
-        axes.plot([p.ranks for p in at], [p.samples / taken[p.ranks] for p in at], linestyle="--", label=name, **style)
+        style: dict[str, Any] = {"marker": marker, "markersize": size, "fillstyle": "none", "color": colour}
+        rates_of = [point.samples / taken[point.ranks] for point in at]
+        axes.plot([point.ranks for point in at], rates_of, linestyle="--", linewidth=1, label=name, **style)
     axes.plot(ranks, rates, marker="o", markersize=4, color=PLANS, linewidth=2, label="plan of hpctrain")
     _mark(axes, found)
     _label(axes, ranks)

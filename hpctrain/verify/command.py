@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from hpctrain import backends, memory, prepare
+from hpctrain import automatic, backends, memory, prepare
 from hpctrain.comm.watched import begin
 from hpctrain.comm.world import World, all_ranks
-from hpctrain.config import Config
+from hpctrain.config import AUTO, Config
 from hpctrain.console import Console, print_json, wrapped
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
@@ -56,7 +56,10 @@ def run(world: World, config: Config, options: Options) -> int:
     with all_ranks(world.comm):
         data, _ = prepare.open_datasets(config)
         graph = prepare.build_graph(config, data)
-        plan = prepare.make_plan(config, graph)
+        plan = None if config.plan.grid == AUTO else prepare.make_plan(config, graph)
+    if plan is None:
+        plan = automatic.find_for(world, config, data, graph)
+    with all_ranks(world.comm):
         plan.check(graph)
         train = config.train
         settings = Settings(backends.get(train.backend, train.exact), train.precision, train.seed, config.optim)

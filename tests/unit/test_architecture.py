@@ -47,6 +47,9 @@ LEVELS = {
         "console",
         "launch",
         "usage",
+        "starting",
+        "automatic",
+        "reckoning",
         "planning",
     ),
     7: (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hpctrain import machine
-from hpctrain.comm.allreduce import TABLE
+from hpctrain.comm.allreduce import TABLE, get
 from hpctrain.comm.allreduce.cost import Network
 from hpctrain.comm.shared import room
 from hpctrain.machine import Level, Machine
@@ -79,15 +79,15 @@ def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None) -
     """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published."""
     near = Network(*level(table.node if table else None, NODE))
     if len(set(hosts)) == 1:
-        return TABLE[name].cost(len(hosts), nbytes, near)
+        return get(name).cost(len(hosts), nbytes, near)
     far = level(table.network if table else None, NETWORK)
     counts = Counter(hosts).values()
     if name == "hierarchical":
-        return TABLE[name].cost(len(hosts), nbytes, Network(*far, near, -(-len(hosts) // len(counts))))
+        return get(name).cost(len(hosts), nbytes, Network(*far, near, -(-len(hosts) // len(counts))))
     # what leaves a host at once shares its link; a ring crosses it only where its neighbours are elsewhere
     crossing = Counter(host for host, after in zip(hosts, [*hosts[1:], hosts[0]], strict=True) if host != after)
     at_once = max(crossing.values()) if name in ("ring", "segmented_ring") else max(counts)
-    return TABLE[name].cost(len(hosts), nbytes, Network(far[0], far[1] * at_once, far[2]))
+    return get(name).cost(len(hosts), nbytes, Network(far[0], far[1] * at_once, far[2]))
 
 
 def level(found: Level | None, default: Level) -> tuple[float, float, float]:
