@@ -21,7 +21,7 @@ from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input, Phase
 from hpctrain.layers.loss import LOSS, WEIGHT
 from hpctrain.partition import Partition
-from hpctrain.planner.plan import uniform
+from hpctrain.planner.plan import Plan, uniform
 from hpctrain.planner.schedule import Economy
 
 OPTIM = Optim(lr=0.01, momentum=0.9)
@@ -37,17 +37,20 @@ def chooser(comm: Any) -> Callable[[int, Sequence[int]], Choice]:
 
 
 class Ours:
-    """`graph` on one grid for all layers; a batch of random numbers, the same for every grid, copied in every step."""
+    """`graph` by a plan, or on one grid for all layers; a batch of random numbers, the same for all, copied in every
+    step.
+    """
 
     def __init__(
         self,
         graph: Graph,
         comm: Any,
-        grid: Partition | None = None,
+        plan: Plan | Partition | None = None,
         precision: str = "float32",
         summing: Summing | None = None,
     ) -> None:
-        plan, backend = uniform(graph, grid or Partition()), backends.get("native")
+        plan = plan if isinstance(plan, Plan) else uniform(graph, plan or Partition())
+        backend = backends.get("native")
         self.comm, self.batch = comm, graph["x"].shape[0]
         how = summing or Summing(choose=chooser(comm))
         self.executor = Executor(graph, plan, comm, backend, precision, economy=LEAN, summing=how)

@@ -23,8 +23,10 @@ from hpctrain.machine import Machine, named
 from hpctrain.models import Sample
 from hpctrain.partition import Partition, volume
 from hpctrain.planner import paper
+from hpctrain.planner.cost import price
 from hpctrain.planner.layout import edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents, uniform
+from hpctrain.planner.setting import Setting
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = Path(__file__).with_suffix(".md")
@@ -147,6 +149,71 @@ def figures_9_and_10() -> str:
     return table(("figure", "B", "P", "first bar", "its seconds", "of these compute", "best", "its seconds"), rows)
 
 
+def readings() -> str:
+    """The communication of figure 7 by other readings of the paper: times faster than one row, and seconds of that."""
+
+    def line(name: str, sent: Callable[[paper.Record], float]) -> list[str]:
+        ratios = []
+        for ranks, (at, _, _) in SPEEDUPS_7.items():
+            found = {(r.pr, r.pc): sent(r) for r in epoch(ranks)}
+            ratios.append(found[1, ranks] / found[at])
+        return [name, *(f"{ratio:.2f}" for ratio in ratios), f"{sent(epoch(512)[0]):.1f}"]
+
+    found = example("alexnet-cori")
+    steps, dense = found.samples / 2048, next(m for m in paper.matrices(found.graph) if m.dense)
+    wire = found.machine.network
+    if wire is None:
+        raise SystemExit("cori-knl: no network")
+
+    def entry(r: paper.Record) -> float:
+        return steps * paper.gather(dense, 2048, paper.Cut(r.pr, r.pc, "model"), wire)
+
+    def sent(r: paper.Record) -> float:
+        return r.model_seconds + r.batch_seconds
+
+    def ring(ranks: int) -> float:
+        return 2 * (ranks - 1) - 2 * (ranks - 1).bit_length()
+
+    def as_ring(r: paper.Record) -> float:
+        rows, columns, both = ring(r.pr), ring(r.pc), ring(r.pr * r.pc)
+        # allreduces of 5 convolutions' weights over all, of 3 dense layers' over a row, of their inputs over a column
+        return sent(r) + steps * wire.alpha * (5 * both + 3 * columns + 3 * rows)
+
+    rows = [
+        ["printed", *(str(ratio) for _, _, ratio in SPEEDUPS_7.values()), "44.4, read"],
+        line("as here", sent),
+        line("without equation 6", lambda r: sent(r) - entry(r)),
+        line("6 GB/s are 6e9", lambda r: sent(r) * 6 * 2**30 / 6e9),
+        line("P - 1 latencies of a ring allreduce", as_ring),
+    ]
+    return table(("reading", *(f"P = {ranks}" for ranks in SPEEDUPS_7), "1x512, s"), rows)
+
+
+FIGURE_4 = {1: 30.8e3, 4: 9.7e3, 16: 4.0e3, 64: 2.4e3, 256: 1.81e3}
+"""{batch: seconds of an epoch on one node}, as measured there."""
+
+
+def compute() -> str:
+    """Seconds of an epoch on one node by figure 4, and by the bars of figures 6 to 10."""
+    rows = []
+    for batch, measured in FIGURE_4.items():
+        found = example("alexnet-cori", f"train.batch={batch}")
+        bars = paper.compute_seconds(found.graph, found.machine, 1) * found.samples / batch
+        rows.append((batch, f"{measured:.0f}", f"{bars:.0f}", f"{bars / measured:.2f}"))
+    return table(("batch", "figure 4", "bars", "ratio"), rows)
+
+
+def activations() -> str:
+    """How many numbers an image the model bar of 128x4 in figure 6 implies by equation 8, and how many there are."""
+    found = example("alexnet-cori")
+    wire, read = found.machine.network, 36.04
+    if wire is None:
+        raise SystemExit("cori-knl: no network")
+    implied = read / (found.samples / 2048) / (3 * wire.beta * paper.WORD * 2048 / 4 * 127 / 128)
+    here = sum(matrix.outputs for matrix in paper.matrices(found.graph))
+    return table(("implied by figure 6", "AlexNet"), [(f"{implied:,.0f}", f"{here:,}")])
+
+
 # --- arXiv 1802.04924 ------------------------------------------------------------------------------------------------
 
 VOLUMES = {
@@ -190,6 +257,30 @@ def volumes() -> str:
     return table(head, rows)
 
 
+# --- arXiv 1811.01532 ------------------------------------------------------------------------------------------------
+
+WAP = {
+    (128, 1): "2560 (2244 estimated)",
+    (128, 4): "1473, another program's (1491 estimated)",
+    (2048, 1): "2482, of 512",
+    (2048, 4): "7904",
+}
+"""{(batch, GPUs): images a second of AlexNet}, tables 1 and 2."""
+
+
+def gpus() -> str:
+    """Data parallelism on 1 to 4."""
+    rows = []
+    for batch in (128, 2048):
+        found = example("alexnet-wap", f"train.batch={batch}")
+        setting = Setting.of(found.config, found.machine)
+        for ranks in range(1, 5):
+            cost = price(found.graph, uniform(found.graph, Partition(batch=ranks)), setting)
+            rows.append((batch, ranks, f"{1e3 * cost.compute:.1f}", f"{1e3 * cost.allreduce:.1f}"))
+            rows[-1] += (f"{batch / cost.seconds:.0f}", WAP.get((batch, ranks), ""))
+    return table(("batch", "GPUs", "computing, ms", "sums, ms", "images/s, here", "images/s, paper"), rows)
+
+
 # --- all -------------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -197,8 +288,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ups of figure 7": lambda: speedups(SPEEDUPS_7, "batch"),
     "figure 8": figure_8,
     "figures 9 and 10": figures_9_and_10,
+    "readings": readings,
+    "compute": compute,
     "speed-ups of figure 6": lambda: speedups(SPEEDUPS_6, "same"),
+    "activations": activations,
     "volumes": volumes,
+    "gpus": gpus,
 }
 """{what docs/papers.md calls a table: what makes it}"""
 

@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
 
 
 def run(world: World, request: RunRequest | None, options: Options, out: Path | None) -> int:
-    """Measure messages, sums, copies and layers, those of the run asked for, and write them where runs and plans look."""
+    """Measure messages, sums, copies and layers, of the run asked for, and write them where runs and plans look."""
     console, path, old = Console(world.rank), out or machine.default_path(), Machine()
     with all_ranks(world.comm):
         if world.rank == 0:
@@ -57,7 +57,7 @@ def run(world: World, request: RunRequest | None, options: Options, out: Path | 
     with Ranks(world) as ranks:
         threads = f"{world.threads} thread{'s' * (world.threads > 1)} each"
         console.note(wrapped(f"{ranks}, {threads}, {world.library}; to {path}"))
-        found, records = _sums(world, ranks, options, console)
+        found, records = sums(world, ranks, options, console)
     near = copies.measure(world.node, 3 if options.quick else ROUNDS)
     if near is not None:
         console.note(f"reading of a host's memory: {time_text(near.alpha)} each, {1e-9 / near.beta:.2f} GB/s")
@@ -84,7 +84,7 @@ def run(world: World, request: RunRequest | None, options: Options, out: Path | 
         f"other layers by formula: {compute.flops / 1e9:.1f} GFLOP/s, {compute.bandwidth / 1e9:.1f} GB/s; "
         f"here it is off by {100 * (off - 1):.0f} %"
     )
-    step = _agreement(world, 5 if options.quick else ROUNDS)
+    step = agreement(world, 5 if options.quick else ROUNDS)
     found = replace(
         found,
         copies=near,
@@ -116,7 +116,7 @@ def _network(config: Config | None, quick: bool) -> Wanted:
     return Wanted(graph, train.precision, train.backend, train.exact, rules, True)
 
 
-def _sums(world: World, ranks: Ranks, options: Options, console: Console) -> tuple[Machine, list[dict[str, Any]]]:
+def sums(world: World, ranks: Ranks, options: Options, console: Console) -> tuple[Machine, list[dict[str, Any]]]:
     """Messages, and allreduces of all sizes and algorithms; what is known by then, and a record of each."""
     near, far = measure.levels(ranks.link)
     console.note("\n".join(_said(what, level) for what, level in (("host", near), ("network", far)) if level))
@@ -136,7 +136,7 @@ def _sums(world: World, ranks: Ranks, options: Options, console: Console) -> tup
     return found, records
 
 
-def _agreement(world: World, rounds: int) -> float:
+def agreement(world: World, rounds: int) -> float:
     """Seconds of the small allreduce of every step."""
     taken, totals = [], Totals({"loss": [0.0, 0.0, 0.0, 0.0]}, 1.0)
     for _ in range(rounds):

@@ -104,6 +104,10 @@ class Times:
             forward, backward = np.mean(several, axis=0).tolist()
             self._found.setdefault(key, {}).setdefault(block, []).append((forward, backward))
 
+    def clear(self) -> None:
+        """Forget them."""
+        self._found.clear()
+
     def blocks(self, key: str) -> dict[str, Pair]:
         """{block: medians of the seconds} of a unit."""
         return {
@@ -151,7 +155,7 @@ def rehearse(
 ) -> Rehearsed:
     """Steps of each plan by all ranks of `comm` at the same time, each alone, for about so many seconds. Collective."""
     alone = cast("MPI.Intracomm", comm.Split(comm.rank, 0))
-    times, updates, begin = Times(graph, precision, backend.name), np.zeros(2), perf_counter()
+    times, updates, begin = Times(graph, precision, backend.name), list[float](), perf_counter()
     done, longest = 0, 0.0
     for plan in asked:
         left = comm.bcast(seconds - (perf_counter() - begin))
@@ -159,14 +163,14 @@ def rehearse(
             break
         started, share = perf_counter(), left / (len(asked) - done)
         rehearsal = Rehearsal(graph, plan, alone, backend, precision, rules)
-        _slowest(comm, rehearsal.run())
+        slowest(comm, rehearsal.run())
         for _ in range(rounds or _rounds(comm.bcast(perf_counter() - started), share)):
-            times.add(rehearsal, _slowest(comm, rehearsal.run()))
-            updates += rehearsal.update
+            times.add(rehearsal, slowest(comm, rehearsal.run()))
+            updates.append(rehearsal.update)
         done += 1
         longest = max(longest, perf_counter() - started)
     alone.Free()
-    return Rehearsed(times, float(updates[0] / max(1.0, updates[1])), len(asked) - done)
+    return Rehearsed(times, _rounded(median(updates)), len(asked) - done)
 
 
 def _rounds(first: float, share: float) -> int:
@@ -174,7 +178,7 @@ def _rounds(first: float, share: float) -> int:
     return max(3, min(15, int((share - first) / max(first, 1e-3))))
 
 
-def _slowest(comm: MPI.Intracomm, taken: np.ndarray) -> np.ndarray:
+def slowest(comm: MPI.Intracomm, taken: np.ndarray) -> np.ndarray:
     """Of each unit, what it took on the slowest rank: the others wait for it. Collective."""
     every: np.ndarray = np.max(comm.allgather(taken), axis=0)
     return every

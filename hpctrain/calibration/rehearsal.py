@@ -98,8 +98,9 @@ class Rehearsal(Executor):
             gradient[:, LOSS] = 1 / len(gradient)
         blocks, shards = self.parameters.blocks(), self.parameters.shards()
         self._optimizer: Optimizer = optim.TABLE[rules.name](blocks, shards, backend, rules)
-        self.update = np.array([0.0, sum(block.weights.nbytes for block in blocks)])
-        """Seconds that the last update took, and the bytes of weights that it was of."""
+        self._nbytes = sum(block.weights.nbytes for block in blocks)
+        self.update = 0.0
+        """Seconds per byte of weights that the last update took."""
 
     # --- what stands in for the other ranks ------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Rehearsal(Executor):
             taken[i, 1] = perf_counter() - begin - self._apart
         begin = perf_counter()
         self._optimizer.step(0.0)
-        self.update[0] = perf_counter() - begin + narrowed
+        self.update = (perf_counter() - begin + narrowed) / max(1, self._nbytes)
         return taken
 
     def _drawn_input(self, name: str) -> np.ndarray:

@@ -30,11 +30,12 @@ def volumes(have: Region, want: Region, ranks: int) -> np.ndarray:
 
 
 def extents(region: Region, ranks: int) -> np.ndarray:
-    """(ranks, dims) of every rank's box, 0 for ranks beyond the partition."""
+    """(ranks, dims) of every rank's box (masks left aside), 0 for ranks beyond the partition."""
     found = np.zeros((ranks, len(region.cuts)), np.int64)
+    size = min(ranks, region.partition.size)
     for dim, cut in enumerate(region.cuts):
         lengths = np.array([max(0, stop - start) for start, stop in cut.intervals])
-        found[: region.partition.size, dim] = lengths[places(region.partition, cut)]
+        found[:size, dim] = lengths[places(region.partition, cut)[:size]]
     return found
 
 

@@ -144,7 +144,7 @@ def load(path: Path) -> Plan:
 
 def require_blocks(node: Node, partition: Partition) -> None:
     """Raises PlanError where a dim of a layer's work has fewer elements than `partition` cuts it into blocks."""
-    for n, axes in _dims(node):
+    for n, axes in work_dims(node):
         blocks = prod(partition[axis] for axis in axes)
         if blocks > n:
             asked = ", ".join(f"{axis}={partition[axis]}" for axis in axes if partition[axis] > 1)
@@ -159,7 +159,7 @@ def require_blocks(node: Node, partition: Partition) -> None:
 
 def extents(node: Node) -> dict[str, int]:
     """{axis: the most blocks that a layer can be cut into along it}, each block not empty."""
-    found = {axis: n for n, axes in _dims(node) for axis in axes}
+    found = {axis: n for n, axes in work_dims(node) for axis in axes}
     return {axis: found[axis] for axis in AXES if axis in found}
 
 
@@ -197,7 +197,7 @@ def _fit(grid: Partition, node: Node) -> tuple[Partition, str]:
             heir = "channel" if "channel" in limits else "batch"
             parts[heir] = parts.get(heir, 1) * n
             why.append(f"no {axis}, so {heir} is cut instead")
-    for n, axes in _dims(node):
+    for n, axes in work_dims(node):
         room = n
         for axis in axes:  # several axes may share the elements of one dim
             if parts.get(axis, 1) > room:
@@ -207,7 +207,7 @@ def _fit(grid: Partition, node: Node) -> tuple[Partition, str]:
     return Partition.of(parts), "; ".join(why)
 
 
-def _dims(node: Node) -> list[tuple[int, tuple[str, ...]]]:
+def work_dims(node: Node) -> list[tuple[int, tuple[str, ...]]]:
     """(extent, axes that cut it) of each dim of a layer's work."""
     work = zip(node.layer.work_shape(*node.input_shapes), node.layer.work_axes(*node.input_shapes), strict=True)
     return [(n, names(axes)) for n, axes in work]

@@ -9,7 +9,7 @@ statistics of norms take what `sums` says from when the last of their ranks come
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from hpctrain.errors import PlanError
@@ -204,10 +204,7 @@ class _Rank:
     def _completed(self, i: int, last: bool) -> Process:
         """Backward of a unit has ended; only those of a batch's last part are summed."""
         for bucket in self.work.sums[self.rank].get(i, ()) if last else ():
-            if bucket.steps is None:
-                process = self._together(bucket)
-            else:
-                process = self._steps(bucket, bucket.steps)
+            process = self._together(bucket) if bucket.steps is None else self._steps(bucket, bucket.steps)
             each = _Sum(bucket, process, self.events.now, Waiting(0))
             yield from self._go_on(each)
             if self.work.overlaps:

@@ -1,0 +1,224 @@
+"""The cheapest plan for a number of ranks: exact for a cost that adds up over layers and edges, judged by the whole.
+
+Each group of layers has a node with a cost per partition, each edge between groups a table of lower bounds. The best
+choice by these is priced exactly and written back, until the best choice is one that was: then no plan is cheaper. The
+best few of the plans met on the way, and the plans that people make by hand, are then priced with everything that does
+not add up: sums of gradients per group, and what of them overlap hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from math import inf, sqrt
+from time import perf_counter
+
+import numpy as np
+
+from hpctrain.graph import Graph
+from hpctrain.planner.baselines import baselines
+from hpctrain.planner.cost import price
+from hpctrain.planner.eliminate import Memo, solve
+from hpctrain.planner.groups import ALL, Group, candidates, chosen, groups
+from hpctrain.planner.limits import bytes_of, fits, refusal
+from hpctrain.planner.edge_tables import Pairs
+from hpctrain.planner.plan import Plan
+from hpctrain.planner.seconds import PlanCost
+from hpctrain.planner.setting import Setting
+from hpctrain.planner.states import States
+
+CLOSE = 1e-4
+"""The search ends where the best plan is at most so much, relatively, above the bound."""
+
+FINALISTS = 4
+"""Plans of the search that are priced with all that does not add up."""
+
+DEADLINE = 60.0
+"""Seconds after which the search ends with what it has."""
+
+STEP, STEPS, HALVINGS = 8.0, 24, 6
+"""By what factor the price of a byte is raised, how often at most until a plan fits, and how often halved then."""
+
+ROUNDS_WITH_LIMIT = 8
+"""For every price of a byte."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plan that the search chose, and how sure it is."""
+
+    plan: Plan
+    cost: PlanCost
+    bound: float
+    """Seconds: no plan of these candidates is cheaper, by costs that add up, whatever its memory."""
+    gap: float
+    """By how much the chosen plan's costs, added up, are above the bound, in proportion."""
+    rounds: int
+    """How often plans were priced exactly."""
+    seconds: float
+    """That the search took."""
+    candidates: int
+    """Partitions of all groups of layers."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Met:
+    """A plan that was the best by the bounds of its time."""
+
+    cost: float
+    """All that adds up."""
+    states: Mapping[str, int]
+
+
+def search(
+    graph: Graph, setting: Setting, ranks: int, memory_limit: float | None = None, deadline: float = DEADLINE
+) -> Found:
+    """The best plan on `ranks`, of which no rank needs more than `memory_limit` bytes, or else than the machine has.
+
+    Raises PlanError where nothing fits, with what would; and where a layer can be cut in no way that is allowed.
+    """
+    began = perf_counter()
+    limit = memory_limit or setting.machine.memory or inf
+    looking = Search(graph, setting, ranks, began + deadline)
+    pricer, step = looking.states.pricer, setting.machine.step
+    by_hand = [b for b in baselines(graph, setting, ranks, pricer).values() if not isinstance(b, str)]
+    added = {id(plan): met.cost + step for plan, _ in by_hand if (met := looking.meet(plan)) is not None}
+    looking.refine()
+    finals = [
+        (plan, price(graph, plan, setting, ranks, pricer), met.cost + step)
+        for plan, met in looking.best_that_fit(limit)
+    ]
+    finals += [
+        (plan, cost, added.get(id(plan), cost.seconds + cost.hidden))
+        for plan, cost in by_hand
+        if fits(graph, plan, setting, ranks, limit)
+    ]
+    if not finals:
+        raise refusal(graph, setting, ranks, limit)
+    plan, cost, total = min(finals, key=lambda found: found[1].seconds)
+    bound = looking.bound
+    gap = max(0.0, total - bound) / bound if bound else 0.0
+    count = sum(map(len, looking.partitions.values()))
+    return Found(plan, cost, bound, gap, looking.rounds, perf_counter() - began, count, tuple(looking.notes))
+
+
+class Search:
+    """What is known of the costs of plans, and the plans met so far."""
+
+    def __init__(self, graph: Graph, setting: Setting, ranks: int, until: float) -> None:
+        self.graph, self.setting, self.ranks, self.until = graph, setting, ranks, until
+        self.groups = groups(graph)
+        self.partitions = {group.head: candidates(graph, group, ranks, setting) for group in self.groups}
+        self.states = States(graph, setting, ranks)
+        self.pairs = Pairs(self.states, self.groups, self.partitions)
+        self.bound = 0.0
+        self.rounds = 0
+        self.met: dict[tuple[int, ...], Met] = {}
+        self.notes = [f"on more than {ALL} ranks not all partitions are looked at"] if ranks > ALL else []
+        self._memo = Memo()
+        self._memory: dict[str, np.ndarray] = {}
+        self._fitting: dict[tuple[int, ...], bool] = {}
+
+    def refine(self, per_byte: float = 0.0, rounds: int = 10**6) -> Met:
+        """The best plan, where memory has a price or none; after some rounds perhaps only nearly."""
+        extra = {group.head: per_byte * self._bytes(group) if per_byte else 0.0 for group in self.groups}
+        best, least = Met(inf, {}), inf
+        for _ in range(rounds):
+            nodes = {group.head: self._node(group, per_byte, extra[group.head]) for group in self.groups}
+            bound, states = solve(nodes, self.pairs.tables(), self._memo)
+            met, changed = self._meet(states)
+            self.rounds += 1
+            paid = met.cost + sum(
+                float(np.broadcast_to(e, len(self.partitions[h]))[states[h]]) for h, e in extra.items()
+            )
+            if paid < least:
+                best, least = met, paid
+            if not per_byte:
+                self.bound = max(self.bound, min(bound, least) + self.setting.machine.step)
+            if not changed or least <= bound * (1 + CLOSE):
+                break
+            if perf_counter() > self.until:
+                self.notes.append(f"the search ended at its deadline, after {self.rounds} rounds")
+                break
+        return best
+
+    def best_that_fit(self, limit: float) -> list[tuple[Plan, Met]]:
+        """The best few plans met whose memory is within the limit; memory has a price where the best of all is not."""
+        if self._fits(self._cheapest()[0], limit):
+            return [(self.plan(met), met) for met in self._cheapest()[:FINALISTS] if self._fits(met, limit)]
+        best = self._cheapest()[0]
+        rate = best.cost / sum(float(self._bytes(g)[best.states[g.head]]) for g in self.groups) / STEP**2
+        lowest, fitting = 0.0, []
+        for _ in range(STEPS):
+            met = self.refine(rate, ROUNDS_WITH_LIMIT)
+            if self._fits(met, limit):
+                fitting.append(met)
+                break
+            lowest, rate = rate, rate * STEP
+        for _ in range(HALVINGS if fitting else 0):
+            middle = sqrt(lowest * rate) if lowest else rate / STEP
+            met = self.refine(middle, ROUNDS_WITH_LIMIT)
+            if self._fits(met, limit):
+                fitting.append(met)
+                rate = middle
+            else:
+                lowest = middle
+        if fitting:
+            self.notes.append(f"without a limit of memory {best.cost / min(m.cost for m in fitting):.0%} of the time")
+        return [(self.plan(met), met) for met in sorted(fitting, key=lambda met: met.cost)[:FINALISTS]]
+
+    def meet(self, plan: Plan) -> Met | None:
+        """A plan that others made, priced; None where its partitions are not among those that are looked at."""
+        states = {}
+        for group in self.groups:
+            row = np.array(plan.partitions[group.head].shape)
+            same = np.flatnonzero((self.partitions[group.head] == row).all(1))
+            if not len(same):
+                return None
+            states[group.head] = int(same[0])
+        met, _ = self._meet(states)
+        return met if self.plan(met).partitions == plan.partitions else None
+
+    def _meet(self, states: dict[str, int]) -> tuple[Met, bool]:
+        """The plan of these states, and whether pricing it exactly changed any bound."""
+        changed = self._price(states)
+        met = Met(self._total(states), states)
+        return self.met.setdefault(tuple(states.values()), met), changed
+
+    def plan(self, met: Met) -> Plan:
+        """It, for the executor."""
+        rows = {head: partitions[met.states[head]] for head, partitions in self.partitions.items()}
+        return Plan(chosen(self.graph, self.groups, rows), self.setting.allreduce)
+
+    def _cheapest(self) -> list[Met]:
+        return sorted(self.met.values(), key=lambda met: met.cost)
+
+    def _fits(self, met: Met, limit: float) -> bool:
+        key = tuple(met.states.values())
+        if key not in self._fitting:
+            self._fitting[key] = fits(self.graph, self.plan(met), self.setting, self.ranks, limit)
+        return self._fitting[key]
+
+    def _bytes(self, group: Group) -> np.ndarray:
+        if group.head not in self._memory:
+            self._memory[group.head] = bytes_of(self.graph, group, self.partitions[group.head], self.setting)
+        return self._memory[group.head]
+
+    def _node(self, group: Group, per_byte: float, extra: np.ndarray | float) -> tuple[Hashable, np.ndarray]:
+        key, costs = self.states.costs(group, self.partitions[group.head])
+        return (key, costs.changes, per_byte), costs.seconds + extra
+
+    def _price(self, states: Mapping[str, int]) -> bool:
+        """Prices the chosen pairs and partial sums exactly; whether that changed any."""
+        changed = [self.pairs.price(link, states[link.producer], states[link.consumer]) for link in self.pairs.links]
+        changed += [self.states.price(g, self.partitions[g.head], states[g.head]) for g in self.groups]
+        return any(changed)
+
+    def _total(self, states: Mapping[str, int]) -> float:
+        """What adds up, of a plan that was priced exactly."""
+        nodes = sum(
+            float(self.states.costs(g, self.partitions[g.head])[1].seconds[states[g.head]]) for g in self.groups
+        )
+        links = self.pairs.links
+        return nodes + sum(float(self.pairs[x][1].seconds[states[x.producer], states[x.consumer]]) for x in links)

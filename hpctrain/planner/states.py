@@ -1,0 +1,246 @@
+"""Seconds and bytes of every partition of every group of layers, whatever the partitions of others."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from hpctrain.graph import Graph, Node
+from hpctrain.layers import Input
+from hpctrain.machine import numbered
+from hpctrain.partition import AXES, AxisNames, Partition, names
+from hpctrain.planner.compute import Pricer, kernel_key
+from hpctrain.planner.cost import FLOAT64, at_once
+from hpctrain.planner.groups import Group, as_partition, follow
+from hpctrain.planner.layout import Edge, differentiable, kind, layout, layouts
+from hpctrain.planner.plan import Plan, work_dims
+from hpctrain.planner.schedule import Unit, schedule
+from hpctrain.planner.setting import Setting
+from hpctrain.planner.sums import allreduce_seconds, statistics_seconds
+from hpctrain.planner.transfers import transfer
+from hpctrain.planner.wire import Wire
+from hpctrain.precision import exact
+from hpctrain.regions import Along, unchanged
+
+
+@dataclass
+class Costs:
+    """Of each partition of a group: seconds of a step, and whether partial sums are in them exactly or at least."""
+
+    seconds: np.ndarray
+    partial: np.ndarray
+    """What partial sums take of these seconds."""
+    exact: np.ndarray
+    changes: int = 0
+    """How often an entry was corrected."""
+
+
+class States:
+    """Prices groups of one graph; what is alike is priced once."""
+
+    def __init__(self, graph: Graph, setting: Setting, ranks: int) -> None:
+        self.graph, self.setting, self.ranks = graph, setting, ranks
+        self.hosts = np.array(setting.machine.layout(ranks))
+        self.wire = Wire.of(setting, ranks)
+        self.pricer = Pricer(setting, graph, at_once(setting, ranks))
+        self.varied = differentiable(graph)
+        self._found: dict[Hashable, Costs] = {}
+        self._sets: dict[Hashable, _Set] = {}
+        self._rates: dict[_Set, float] = {}
+        self._whole = sum(int(np.prod(w.shape)) for _, _, w in graph.weights()) * exact(setting.dtype).itemsize
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """By their first layer, the units that run where no exchange is due within a group."""
+        places = layouts(self.graph, Plan({node.name: Partition() for node in self.graph}))
+        return {unit.head: unit for unit in schedule(self.graph, places, self.setting.economy).units}
+
+    def costs(self, group: Group, partitions: np.ndarray) -> tuple[Hashable, Costs]:
+        """(key, those of `partitions` (n, 6) of the group's head), the same object for groups that are alike."""
+        key = (self._signature(group), partitions.tobytes())
+        if key not in self._found:
+            self._found[key] = self._costs(group, partitions)
+        return key, self._found[key]
+
+    def price(self, group: Group, partitions: np.ndarray, state: int) -> bool:
+        """Puts the exact seconds of the partial sums of a state into its costs; whether that changed them."""
+        _, costs = self.costs(group, partitions)
+        if costs.exact[state]:
+            return False
+        costs.exact[state] = True
+        exact_seconds = self._exactly(group, partitions[state])
+        changed = abs(exact_seconds - costs.partial[state]) > 1e-6 * exact_seconds
+        costs.seconds[state] += exact_seconds - costs.partial[state]
+        costs.partial[state] = exact_seconds
+        costs.changes += changed
+        return bool(changed)
+
+    def _signature(self, group: Group) -> Hashable:
+        found = []
+        for name in group.names:
+            node = self.graph[name]
+            unit, gradient = self.units.get(name), name in self.varied
+            said = unit and kernel_key(self.graph, unit, self.varied, self.setting.precision, self.setting.backend)
+            found.append((repr(node.layer), node.input_shapes, gradient, said, kind(self.graph, name)))
+        return tuple(found)
+
+    def _costs(self, group: Group, partitions: np.ndarray) -> Costs:
+        parts, machine = self.setting.parts, self.setting.machine
+        full, seconds = exact(self.setting.dtype).itemsize, np.zeros(len(partitions))
+        for name in group.names:
+            node, own = self.graph[name], follow(self.graph, group, name, partitions)
+            weights, sums = self._weights(node, own)
+            seconds += sums + weights * full * machine.update + parts * self._statistics(node, own)
+            if isinstance(node.layer, Input) and machine.storage is not None:
+                seconds += parts * block(node.shape, node.layer.work_axes(), own).prod(1) * full / machine.storage.read
+        partial = parts * self._partial(group, partitions)
+        seconds += parts * self._compute(group, partitions, partial > 0) + partial
+        return Costs(seconds, partial, partial == 0)
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    def _compute(self, group: Group, partitions: np.ndarray, partial: np.ndarray) -> np.ndarray:
+        """Of all units; where there are partial sums, nothing runs within the head."""
+        seconds = np.zeros(len(partitions))
+        for name in group.names:
+            unit = self.units.get(name)
+            if unit is None:
+                continue
+            own = follow(self.graph, group, name, partitions)
+            if name != group.head or len(unit.names) == 1:
+                seconds += self._of_unit(unit, own)
+                continue
+            seconds[~partial] += self._of_unit(unit, own[~partial])
+            for each in unit.names if partial.any() else ():
+                alone = Unit((each,), tuple((each, slot) for slot in range(len(self.graph[each].inputs))))
+                seconds[partial] += self._of_unit(alone, follow(self.graph, group, each, partitions)[partial])
+        return seconds
+
+    def _of_unit(self, unit: Unit, partitions: np.ndarray) -> np.ndarray:
+        if not len(partitions):
+            return np.zeros(0)
+        node = self.graph[unit.head]
+        shape, axes = node.layer.work_shape(*node.input_shapes), node.layer.work_axes(*node.input_shapes)
+        return self.pricer.seconds(unit, block(shape, axes, partitions)).sum(1)
+
+    # --- what ranks do together ----------------------------------------------------------------------------------
+
+    def _weights(self, node: Node, partitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(weights on rank 0, seconds of summing their gradients at the rate of a full bucket)."""
+        count, seconds = np.zeros(len(partitions)), np.zeros(len(partitions))
+        for weight in node.layer.weights(*node.input_shapes).values():
+            mine = block(weight.shape, weight.axes, partitions).prod(1)
+            named = {axis for axes in weight.axes for axis in names(axes)}
+            rates = [self._rate(self._set(row, named, False)) for row in partitions]
+            count += mine
+            seconds += mine * exact(self.setting.dtype).itemsize * rates
+        return count, seconds
+
+    def _statistics(self, node: Node, partitions: np.ndarray) -> np.ndarray:
+        """Of norms, as `cost` counts it."""
+        axes = set(node.layer.reduce_axes(*node.input_shapes))
+        if not axes:
+            return np.zeros(len(partitions))
+        channels = block(node.shape, node.layer.output_axes(*node.input_shapes), partitions)[:, -1] * FLOAT64
+        found = []
+        for row, size in zip(partitions, channels.tolist(), strict=True):
+            hosts = self._set(row, axes, True).hosts
+            found.append(
+                sum(statistics_seconds(k * size, hosts, self.setting) for k in (3, 2)) if len(hosts) > 1 else 0
+            )
+        return np.array(found)
+
+    def _set(self, row: np.ndarray, axes: set[str], along: bool) -> _Set:
+        """The ranks that differ in their coordinates `along` these axes, or along all others."""
+        mine = tuple((axis in axes) == along for axis in AXES)
+        key = (row.tobytes(), mine)
+        if key not in self._sets:
+            self._sets[key] = _set_of(row, mine, self.hosts)
+        return self._sets[key]
+
+    def _rate(self, ranks: _Set) -> float:
+        """Seconds per byte of gradient, where a full bucket is summed, or all at once where backward has ended."""
+        if ranks not in self._rates:
+            asked = self.setting.overlap
+            overlaps = self.hosts[-1] > 0 if asked is None else asked
+            size = max(1, min(self.setting.bucket_bytes, self._whole) if overlaps else self._whole)
+            self._rates[ranks] = allreduce_seconds(size, ranks.hosts, self.setting, ranks.crowd) / size
+        return self._rates[ranks]
+
+    # --- partial sums --------------------------------------------------------------------------------------------
+
+    def _partial(self, group: Group, partitions: np.ndarray) -> np.ndarray:
+        """A lower bound of the exchange of partial sums, from what rank 0 adds up; 0 where there are none."""
+        node = self.graph[group.head]
+        layer, shapes = node.layer, node.input_shapes
+        work = block(layer.work_shape(*shapes), layer.work_axes(*shapes), partitions)
+        produced = np.ones(len(partitions))
+        cut: set[str] = set()
+        for n, along in zip(node.shape, layer.produces(*shapes), strict=True):
+            if along is None or not isinstance(along, Along):
+                produced *= n
+                continue
+            if along.reach is unchanged and isinstance(along.dim, int):
+                produced *= work[:, along.dim]
+            cut |= {axis for d in along.dims for axis in names(layer.work_axes(*shapes)[d])}
+        own = block(node.shape, layer.output_axes(*shapes), partitions).prod(1)
+        summed = [AXES.index(a) for _, axes in work_dims(node) for a in axes if a not in cut]
+        several = partitions[:, summed].prod(1) > 1
+        itemsize = kind(self.graph, node.name).dtype(self.setting.dtype).itemsize
+        wire, passes = self.wire, 1 + (node.name in self.varied)
+        alpha, beta = wire.near_alpha, wire.near_beta
+        if self.ranks > wire.per_host:
+            alpha, beta = min(alpha, wire.far_alpha), min(beta, wire.far_beta)
+        return several * passes * (alpha + beta * np.maximum(0, produced - own) * itemsize)
+
+    def _exactly(self, group: Group, row: np.ndarray) -> float:
+        """Seconds of the exchange of partial sums."""
+        node = self.graph[group.head]
+        place = layout(node, as_partition(row))
+        if place.partial is None:
+            return 0.0
+        gradient = node.name in self.varied
+        edge = Edge(node.name, None, place.output, place.partial, kind(self.graph, node.name), gradient)
+        moved = transfer(edge, self.setting.dtype, self.wire)
+        return self.setting.parts * (moved.forward + moved.backward)
+
+
+def block(shape: Sequence[int], axes: Sequence[AxisNames], partitions: np.ndarray) -> np.ndarray:
+    """Extents (n, dims) of the longest block of a tensor, which rank 0 has."""
+    found = np.tile(np.array(shape, np.int64), (len(partitions), 1))
+    for d, cut in enumerate(axes):
+        for axis in names(cut):
+            found[:, d] = -(-found[:, d] // partitions[:, AXES.index(axis)])
+    return found
+
+
+class _Set(NamedTuple):
+    """Ranks that sum or gather together: their hosts, and how many such sets share a host's links."""
+
+    hosts: tuple[int, ...]
+    crowd: int
+
+
+def _set_of(row: np.ndarray, mine: Sequence[bool], hosts: np.ndarray) -> _Set:
+    """Of the sets of ranks of a partition that differ along the axes that are `mine`, the one on the most hosts."""
+    offsets, firsts = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    stride = int(row.prod())
+    for parts, own in zip(row.tolist(), mine, strict=True):
+        stride //= parts
+        steps = np.arange(parts) * stride
+        if own:
+            offsets = (offsets[:, None] + steps).ravel()
+        else:
+            firsts = (firsts[:, None] + steps).ravel()
+    found = hosts[firsts[:, None] + offsets]
+    counts = 1 + (np.diff(found, axis=1) > 0).sum(1)  # hosts hold consecutive ranks
+    best = found[counts.argmax()]
+    if counts.max() == 1:
+        return _Set((0,) * len(best), 1)
+    here = int((best == best[0]).sum())
+    there = int((hosts[: int(row.prod())] == best[0]).sum())
+    return _Set(numbered(best.tolist()), -(-there // here))
