@@ -68,8 +68,8 @@ def basis(world: World, config: Config, data: Dataset, graph: Graph, around: Sur
     """By the machine that plan.machine names, or this one as it was calibrated; else by a guess. None but on rank 0.
 
     `config` and `around` are those of one replica. Ranks lie on hosts as they do in this run, whatever the machine's
-    file says, and share equally in what memory is free there. Collective; raises ConfigError, on all ranks, where the file is
-    damaged, or plan.machine names none.
+    file says, and share equally in what memory is free there. Collective; raises ConfigError, on all ranks, where the
+    file is damaged, or plan.machine names none.
     """
     fullest, found = max(world.comm.allgather(world.node_size)), None
     with all_ranks(world.comm):
@@ -83,10 +83,11 @@ def basis(world: World, config: Config, data: Dataset, graph: Graph, around: Sur
 
 
 def _chosen(config: Config, threads: int) -> Chosen:
-    if config.plan.machine is not None:
-        return planning.choose_machine(config)
-    known = machine.load(machine.default_path()) or Machine()
     each = structs.replace(GUESS, flops=GUESS.flops * threads, bandwidth=GUESS.bandwidth * threads)
+    if config.plan.machine is not None:
+        chosen = planning.choose_machine(config)
+        return replace(chosen, machine=structs.replace(chosen.machine, compute=chosen.machine.compute or each))
+    known = machine.load(machine.default_path()) or Machine()
     name = "this machine" if known.compute or known.kernels else GUESSED
     copies = known.copies or Copies(choose.NODE.alpha, choose.NODE.beta)
     return Chosen(structs.replace(known, compute=known.compute or each, copies=copies), name, True)
