@@ -34,8 +34,9 @@ from hpctrain.console import Console
 from hpctrain.gradients import Summing
 from hpctrain.graph import Graph
 from hpctrain.machine import Kernel, Machine
+from hpctrain.partition import Partition
 from hpctrain.planner.cost import price
-from hpctrain.planner.plan import Plan
+from hpctrain.planner.plan import Plan, uniform
 from hpctrain.planner.search import search
 from hpctrain.planner.setting import Setting
 
@@ -53,6 +54,12 @@ SECONDS = 30.0
 """For measuring the layers of a network."""
 
 ROUNDS = 9
+
+FEW = 3
+"""Layers up to which each is named."""
+
+DATA = "data parallelism"
+"""The plan beside which both are held."""
 
 Start = Callable[..., None]
 """Starts the ranks of a place, in a role, with its other arguments."""
@@ -116,9 +123,10 @@ def compare(network: str, started: Mapping[str, Start], folder: Path, quick: boo
     print(f"\n{network}, batches of {graph['x'].shape[0]}, {RANKS} ranks")
     for line in differences(plans[HERE], plans[APART]):
         print(f"  {line}")
+    plans[DATA] = uniform(graph, Partition(batch=RANKS))
     texts, records = {place: plan.to_json() for place, plan in plans.items()}, []
     (folder / "plans.json").write_text(json.dumps(texts))
-    print(f"  {'seconds of a step':<28}{'measured':>10}{'predicted':>11}{'error':>8}")
+    print(f"  {'seconds of a step':<34}{'measured':>10}{'predicted':>11}{'error':>8}")
     for place, start in started.items():
         start("time", network, folder / f"{place}.json", folder / "plans.json", quick)
         taken = json.loads((folder / "plans.json.taken").read_text())
@@ -127,24 +135,20 @@ def compare(network: str, started: Mapping[str, Start], folder: Path, quick: boo
             record = {"network": network, "batch": graph["x"].shape[0], "ranks": RANKS, "place": place, "plan_for": of}
             record |= {"seconds": taken[of], "predicted_seconds": predicted, "error": predicted / taken[of] - 1}
             records.append(record | {"same_plan": plans[HERE].partitions == plans[APART].partitions})
-            title = f"on {place}, plan for {of}"
+            title = f"on {place}, {of if of == DATA else f'plan for {of}'}"
             print(f"  {title:<34}{taken[of]:>10.4f}{predicted:>11.4f}{100 * record['error']:>+7.1f}%")
     return records
 
 
 def differences(here: Plan, apart: Plan) -> Iterator[str]:
-    """Runs of layers that the two plans cut in the same two ways, one line each."""
-    yield f"{'layers':<28}{'on ' + HERE:<24}on {APART}"
-    runs: list[tuple[str, str, list[str]]] = []
+    """Layers that the two plans cut in the same two ways, one line each."""
+    yield f"{'plan for ' + HERE:<24}{'plan for ' + APART:<24}layers"
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, partition in here.partitions.items():
-        both = str(partition), str(apart.partitions[name])
-        if runs and runs[-1][:2] == both:
-            runs[-1][2].append(name)
-        else:
-            runs.append((*both, [name]))
-    for near, far, names in runs:
-        said = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        yield f"{said:<28}{near:<24}{far}{'' if near == far else '  *'}"
+        alike.setdefault((str(partition), str(apart.partitions[name])), []).append(name)
+    for (near, far), names in alike.items():
+        said = ", ".join(names) if len(names) <= FEW else f"{len(names)}: {names[0]}, {names[1]}, ... {names[-1]}"
+        yield f"{near:<24}{far:<24}{said}"
 
 
 def judge(records: Sequence[Mapping[str, Any]]) -> None:
@@ -153,13 +157,15 @@ def judge(records: Sequence[Mapping[str, Any]]) -> None:
     for network in dict.fromkeys(r["network"] for r in records):
         taken = {(r["place"], r["plan_for"]): r["seconds"] for r in records if r["network"] == network}
         same = next(r["same_plan"] for r in records if r["network"] == network)
-        gains = {place: taken[place, other] / taken[place, place] for place, other in ((HERE, APART), (APART, HERE))}
-        said = ", ".join(f"{gain:.2f} times as fast on {place}" for place, gain in gains.items())
         if same:
             print(f"{network}: the same plan in both places")
-        else:
-            right = "both right" if min(gains.values()) > 1 else "not both right"
-            print(f"{network}: different plans, each beside the other's {said}: {right}")
+            continue
+        gains = {place: taken[place, other] / taken[place, place] for place, other in ((HERE, APART), (APART, HERE))}
+        right = "each is the faster one at home" if min(gains.values()) > 1 else "not each is the faster one at home"
+        print(f"{network}: different plans, {right}")
+        for place, gain in gains.items():
+            beside = taken[place, DATA] / taken[place, place]
+            print(f"  on {place} {gain:.2f} times as fast as the other's, {beside:.2f} times as fast as {DATA}")
 
 
 # --- a rank ----------------------------------------------------------------------------------------------------------
