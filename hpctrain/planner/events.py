@@ -74,7 +74,10 @@ class Events:
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         """Do `action` in so many seconds."""
-        heappush(self._due, (self.now + seconds, next(self._order), action))
+        self._at(self.now + seconds, action)
+
+    def _at(self, when: float, action: Callable[[], None]) -> None:
+        heappush(self._due, (when, next(self._order), action))
 
     def happened(self, waiting: Waiting) -> None:
         """One of the things that are waited for."""
@@ -99,7 +102,7 @@ class Events:
         if not others:
             del self._unmatched[key]
         source, target = key[:2]
-        self.after(max(half.ready, other.ready) - self.now, lambda: self._depart(source, target, half, other))
+        self._at(max(half.ready, other.ready), lambda: self._depart(source, target, half, other))
         return half
 
     def wait_for(self, halves: list[Half]) -> Waiting:

@@ -54,8 +54,11 @@ def _occupied(partition: Partition, cut: Cut) -> np.ndarray:
 
 def _overlaps(owned: Cut, wished: Cut) -> np.ndarray:
     """(intervals of `owned`, intervals of `wished`): elements that they share, those of borders where these belong."""
-    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
     starts, stops = np.array(owned.intervals, np.int64).T
+    if not wished.folded:
+        first, last = np.array(wished.intervals, np.int64).T
+        return np.maximum(0, np.minimum(stops[:, None], last) - np.maximum(starts[:, None], first))
+    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
     for column, _ in enumerate(wished.intervals):
         for segment in wished.segments(column):
             found[:, column] += np.maximum(0, np.minimum(stops, segment.stop) - np.maximum(starts, segment.start))

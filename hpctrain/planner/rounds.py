@@ -99,9 +99,12 @@ class _Link:
 
     def nodes(self) -> tuple[_Link, _Link]:
         """As Link.nodes."""
-        here = [member for member in self.members if self._hosts[member] == self._hosts[self._me]]
+        by_host: dict[int, list[int]] = {}
+        for member in self.members:
+            by_host.setdefault(self._hosts[member], []).append(member)
+        here = by_host[self._hosts[self._me]]
         place = here.index(self._me)
-        across = [member for member in self.members if self._place(member) == place]
+        across = sorted(found[place] for found in by_host.values() if place < len(found))
         return self._part(here), self._part(across)
 
     def grid(self) -> tuple[_Link, _Link]:
@@ -113,9 +116,6 @@ class _Link:
     @property
     def _me(self) -> int:
         return self.members[self.rank]
-
-    def _place(self, member: int) -> int:
-        return [other for other in self.members if self._hosts[other] == self._hosts[member]].index(member)
 
     def _part(self, members: Sequence[int]) -> _Link:
         return _Link(members, self._me, self._hosts, self.notes)

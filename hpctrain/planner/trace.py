@@ -40,7 +40,8 @@ class Timeline:
     hosts: tuple[int, ...]
     """The host of each rank."""
     spans: tuple[Span, ...]
-    """By rank, then by time: compute, halo, redistribution, allreduce (waiting for it or adding), update and step."""
+    """By rank, then by time. Phases: input, compute, halo, redistribution, statistics, allreduce (waiting for sums, or
+    adding), update and step."""
     sums: tuple[Span, ...] = ()
     """Every sum of gradients from when a rank starts it until it has it, whatever else the rank does meanwhile."""
 
@@ -60,7 +61,7 @@ class Timeline:
         """The share of the time with a gradient sum under way in which ranks did something else; 0 without sums."""
         under_way = sum(_covered([span for span in self.sums if span.rank == rank]) for rank in range(len(self.hosts)))
         shown = sum(span.seconds for span in self.spans if span.phase == "allreduce")
-        return 1 - shown / under_way if under_way > 0 else 0.0
+        return max(0.0, 1 - shown / under_way) if under_way > 0 else 0.0
 
 
 def _covered(spans: Sequence[Span]) -> float:

@@ -104,8 +104,8 @@ def _moves(
     found = {}
     for edge in edges(graph, plan, places):
         key = edge.consumer, edge.slot
-        if key not in between:
-            continue
+        if key not in between or (edge.have.partition == edge.want.partition and edge.have.cuts == edge.want.cuts):
+            continue  # within a unit, or every rank wants just what it has
         to_wanters, to_owners = ways(edge, setting.dtype, wire, hosts)
         # partial sums run backwards in the forward pass
         forward, backward = (to_wanters, to_owners) if edge.slot is not None else (to_owners, to_wanters)

@@ -10,7 +10,8 @@ from math import inf, prod
 import pytest
 
 from hpctrain.errors import ConfigError
-from hpctrain.planner.topology import LEAF, Flows, core, fair
+from hpctrain.machine import Level, Machine
+from hpctrain.planner.topology import LEAF, Flows, Network, core, fair
 
 
 def ends(flows: Flows) -> list[float]:
@@ -177,3 +178,57 @@ def test_unknown_topology_is_refused(text: str) -> None:
 def test_torus_too_small_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'torus 2x3' has 6 hosts, but there are 7"):
         core("torus 2x3", 7)
+
+
+# --- ranks on a machine ----------------------------------------------------------------------------------------------
+
+LEVELS = Machine(
+    socket=Level(1e-6, 1e-10, 0.0),
+    node=Level(2e-6, 2e-10, 1e-11),
+    network=Level(3e-6, 5e-10, 2e-11),
+    per_socket=2,
+    per_host=4,
+    links=2,
+    topology="torus 3",
+)
+
+
+def test_message_takes_the_level_of_its_ranks() -> None:
+    network = Network(LEVELS, 12)
+    assert [network.alpha(0, peer) for peer in (1, 2, 4)] == [1e-6, 2e-6, 3e-6]
+    for peer, beta in ((1, 1e-10), (2, 2e-10), (4, 5e-10)):
+        rates = fair([network.route(0, peer)], network.capacity)
+        assert rates == [pytest.approx(1 / beta)]
+
+
+def test_both_ways_at_once_and_one_after_the_other() -> None:
+    """A port carries messages both ways in full, and those of two peers by half."""
+    network = Network(LEVELS, 4)
+    routes = [network.route(0, 2), network.route(2, 0)]
+    assert fair(routes, network.capacity) == pytest.approx([5e9, 5e9])
+    routes.append(network.route(0, 3))
+    assert fair(routes, network.capacity) == pytest.approx([2.5e9, 5e9, 2.5e9])
+
+
+def test_ranks_take_the_links_of_their_host_in_turn() -> None:
+    network = Network(LEVELS, 12)
+    out = [network.route(rank, 8)[0] for rank in range(4)]
+    assert (out[0], out[1]) == (out[2], out[3])
+    assert out[0] != out[1]
+    # a hop of the torus has as many links as a host: all four ranks together get two of them
+    rates = fair([network.route(rank, 4 + rank) for rank in range(4)], network.capacity)
+    assert rates == pytest.approx([1e9] * 4)
+    # two hosts at distance one each send through a third: none of the hops is shared
+    assert not set(network.route(0, 4)) & set(network.route(4, 8))
+
+
+def test_rates_without_beta_have_no_limit() -> None:
+    network = Network(Machine(network=Level(1e-6, 0.0, 0.0), per_host=1), 2)
+    flows = Flows(network.capacity)
+    flows.start(1.0, network.route(0, 1), 10**12)
+    assert ends(flows) == [1.0]
+
+
+def test_too_few_hosts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"9 ranks, but this machine has 2 hosts of 4"):
+        Network(Machine(hosts=2, per_host=4), 9)
