@@ -89,31 +89,28 @@ class Times:
     def __init__(self, graph: Graph, precision: str, backend: str) -> None:
         self.graph, self.precision, self.backend = graph, precision, backend
         self._varied = differentiable(graph)
-        self._found: dict[str, dict[str, list[Pair]]] = {}
+        self._found: dict[str, dict[str, list[np.ndarray]]] = {}
         self._units: dict[str, Unit] = {}
 
     def add(self, rehearsal: Rehearsal, taken: np.ndarray) -> None:
-        """What one step took: (units, 2) seconds. Units that are the same count as their mean."""
+        """What one step took: (ranks, units, 2) seconds. Units that are the same count as their mean."""
         alike: dict[tuple[str, str], list[np.ndarray]] = {}
-        for unit, seconds in zip(rehearsal.schedule.units, taken, strict=True):
+        for unit, seconds in zip(rehearsal.schedule.units, taken.swapaxes(0, 1), strict=True):
             key = kernel_key(self.graph, unit, self._varied, self.precision, self.backend)
             block = block_name(extent(rehearsal.layouts[unit.head].work.box(0)))
             alike.setdefault((key, block), []).append(seconds)
             self._units.setdefault(key, unit)
         for (key, block), several in alike.items():
-            forward, backward = np.mean(several, axis=0).tolist()
-            self._found.setdefault(key, {}).setdefault(block, []).append((forward, backward))
+            self._found.setdefault(key, {}).setdefault(block, []).append(np.mean(several, axis=0))
 
     def clear(self) -> None:
         """Forget them."""
         self._found.clear()
 
     def blocks(self, key: str) -> dict[str, Pair]:
-        """{block: medians of the seconds} of a unit."""
-        return {
-            block: (_rounded(median(f for f, _ in taken)), _rounded(median(b for _, b in taken)))
-            for block, taken in self._found[key].items()
-        }
+        """{block: seconds} of a unit: the medians of the rank that is slowest by these, as others wait for it."""
+        slowest = {block: np.median(taken, axis=0).max(axis=0) for block, taken in self._found[key].items()}
+        return {block: (_rounded(forward), _rounded(backward)) for block, (forward, backward) in slowest.items()}
 
     def kernels(self, at_once: int) -> tuple[Kernel, ...]:
         """All units, as a machine's file has them."""
@@ -163,9 +160,9 @@ def rehearse(
             break
         started, share = perf_counter(), left / (len(asked) - done)
         rehearsal = Rehearsal(graph, plan, alone, backend, precision, rules)
-        slowest(comm, rehearsal.run())
+        comm.allgather(rehearsal.run())
         for _ in range(rounds or _rounds(comm.bcast(perf_counter() - started), share)):
-            times.add(rehearsal, slowest(comm, rehearsal.run()))
+            times.add(rehearsal, np.array(comm.allgather(rehearsal.run())))
             updates.append(rehearsal.update)
         done += 1
         longest = max(longest, perf_counter() - started)
@@ -176,12 +173,6 @@ def rehearse(
 def _rounds(first: float, share: float) -> int:
     """How many steps to take in `share` seconds, where binding and a first step took `first`."""
     return max(3, min(15, int((share - first) / max(first, 1e-3))))
-
-
-def slowest(comm: MPI.Intracomm, taken: np.ndarray) -> np.ndarray:
-    """Of each unit, what it took on the slowest rank: the others wait for it. Collective."""
-    every: np.ndarray = np.max(comm.allgather(taken), axis=0)
-    return every
 
 
 # --- a formula for the others ----------------------------------------------------------------------------------------
