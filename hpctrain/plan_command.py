@@ -17,7 +17,8 @@ from hpctrain.errors import ConfigError, LaunchError, PlanError
 from hpctrain.memory import mib
 from hpctrain.plan_arguments import Options
 from hpctrain.planner import paper, scaling, trace
-from hpctrain.planner.baselines import baselines, grids
+from hpctrain.planner.baselines import baselines, by_hand, grids
+from hpctrain.planner.cost import price
 from hpctrain.planner.scaling import Scaling, Step
 from hpctrain.planner.search import Found
 from hpctrain.planner.seconds import PlanCost
@@ -27,7 +28,7 @@ from hpctrain.report import layers, plot, totals
 from hpctrain.report import scaling as scalings
 from hpctrain.request import RunRequest
 
-COMPARED = ("data", "best uniform grid")
+COMPARED = ("data", "domain")
 """The baselines that a sweep shows."""
 
 Records = list[dict[str, Any]]
@@ -75,7 +76,8 @@ def list_grids(task: Task, options: Options) -> Records:
     ranks, epoch = options.ranks or 1, options.per == "epoch"
     if options.accounting == "paper":
         steps = task.data.samples / task.batch if epoch else 1.0
-        found = paper.grids(task.graph, task.machine, ranks, paper.conv_by(task.setting.only))
+        by, overlap = paper.conv_by(task.setting.only), task.setting.overlap is True
+        found = paper.grids(task.graph, task.machine, ranks, by, overlap)
         records = [totals.paper_record(record.times(steps)) for record in found]
     else:
         whole = task.steps if epoch else 1
@@ -154,12 +156,13 @@ class Planning:
         """{baseline: {ranks: seconds of a step}}, where the options show it."""
         if self.options.sweep is None and self.options.plot is None:
             return {}
-        found: dict[str, dict[int, float]] = {name: {} for name in COMPARED}
-        for point in scaled.points:
-            priced = baselines(self.task.graph, self.task.setting, point.ranks)
-            for name, taken in found.items():
-                if not isinstance(other := priced[name], str):
-                    taken[point.ranks] = other[1].seconds
+        task, found = self.task, dict[str, dict[int, float]]()
+        for name in COMPARED:
+            found[name] = {}
+            for ranks in (point.ranks for point in scaled.points):
+                plan = by_hand(task.graph, task.setting, ranks)[name]
+                if not isinstance(plan, str):
+                    found[name][ranks] = price(task.graph, plan, task.setting, ranks).seconds
         return found
 
     def _plan(self, ranks: int, why: str) -> Records:

@@ -13,7 +13,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
 from hpctrain.machine import Machine
 from hpctrain.partition import Partition, extent
-from hpctrain.planner import memory
+from hpctrain.planner import limits, memory
 from hpctrain.planner.compute import Pricer
 from hpctrain.planner.cost import at_once
 from hpctrain.planner.layout import layouts
@@ -23,9 +23,6 @@ from hpctrain.planner.schedule import schedule
 from hpctrain.planner.search import Found, search
 from hpctrain.planner.setting import Setting
 from hpctrain.prepare import Described
-
-AMONG = 64
-"""Ranks of which the memory is counted exactly: the first ones have the longer blocks."""
 
 SECONDS = 30.0
 """How long a search may take, besides what is needed for any plan at all."""
@@ -155,10 +152,9 @@ class Task:
         return {unit.head: pricer.source(unit, extent(places[unit.head].work.box(0))) for unit in units}
 
     def memory(self, plan: Plan, ranks: int) -> Memory:
-        """What the rank that needs most needs, of the first ones."""
-        config, hosts = self.config, self.machine.layout(ranks)[: plan.ranks]
-        among = range(min(plan.ranks, AMONG))
-        return memory.largest(memory.of_run(config, self.graph, plan, among, hosts))[1]
+        """What the rank that needs most needs, as far as a few of the first ones show."""
+        economy = memory.economy(self.config, self.graph, plan)
+        return limits.needed(self.graph, plan, replace(self.setting, economy=economy), ranks)[1]
 
 
 def task(config: Config, named: str | None = None, memory_gib: float | None = None) -> Task:

@@ -145,7 +145,8 @@ def _best(points: Sequence[Point], objective: str, machine: Machine, tolerance: 
 
 def _why(points: Sequence[Point], chosen: Point, objective: str, machine: Machine, tolerance: float) -> str:
     per = PER[objective]
-    said = f"{chosen.gain(objective, machine):.4g} samples per {per}"
+    gain = chosen.gain(objective, machine)
+    said = f"{gain:,.0f} samples per {per}" if gain >= 1000 else f"{gain:.3g} samples per {per}"
     if len(points) == 1:
         return f"{said}; no other number was tried"
     best = chosen.gain(objective, machine)

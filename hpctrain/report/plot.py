@@ -12,7 +12,7 @@ from hpctrain.planner.scaling import Scaling
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-OTHERS = {"data": ("s", 7, "tab:orange"), "best uniform grid": ("^", 8, "tab:green")}
+OTHERS = {"data": ("s", 7, "tab:orange"), "domain": ("^", 8, "tab:green")}
 """{baseline: (marker, its size, colour)}: hollow, so that what lies below can be seen."""
 
 PLANS = "tab:blue"
@@ -47,7 +47,7 @@ def scaling(path: Path, found: Scaling, others: Mapping[str, Mapping[int, float]
         at = [point for point in points if point.ranks in taken]
         style: dict[str, Any] = {"marker": marker, "markersize": size, "fillstyle": "none", "color": colour}
         rates_of = [point.samples / taken[point.ranks] for point in at]
-        axes.plot([point.ranks for point in at], rates_of, linestyle="--", linewidth=1, label=name, **style)
+        axes.plot([point.ranks for point in at], rates_of, linestyle="--", linewidth=1, label=f"{name} alone", **style)
     axes.plot(ranks, rates, marker="o", markersize=4, color=PLANS, linewidth=2, label="plan of hpctrain")
     _mark(axes, found)
     _label(axes, ranks)
@@ -75,7 +75,7 @@ def _label(axes: Any, ranks: list[int]) -> None:
     axes.set_ylabel("samples per second, predicted")
     axes.grid(True, which="major", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def _mark(axes: Any, found: Scaling) -> None:

@@ -316,7 +316,7 @@ def test_plan_beside_others() -> None:
     text = list(totals.beside(cost, others))
     assert widest(text) <= 79
     assert text[1].split() == ["this", "plan", "17.0", "1.00"]
-    assert text[2].split() == ["data", "40.0", "2.35", "height=2"]
+    assert text[2].split() == ["data", "40.0", "2.35", "mostly", "height=2"]
     assert text[3].startswith("domain     -  layer a has only 1 row")
     summary, beside, refused = totals.records(cost, others, 1)
     assert summary["seconds"] == pytest.approx(0.017)
@@ -375,7 +375,7 @@ def test_plot_of_scaling(suffix: str, tmp_path: Path) -> None:
     if suffix == ".png":
         assert raw.startswith(b"\x89PNG")
     else:
-        for text in ("lenet on a toy", "ranks", "samples per second, predicted", "ideal", "data", "plan of hpctrain"):
+        for text in ("lenet on a toy", "ranks", "samples per second, predicted", "ideal", "data alone", "plan of hpctrain"):
             assert f">{text}</text>" in raw.decode()
 
 
