@@ -375,7 +375,14 @@ def test_plot_of_scaling(suffix: str, tmp_path: Path) -> None:
     if suffix == ".png":
         assert raw.startswith(b"\x89PNG")
     else:
-        for text in ("lenet on a toy", "ranks", "samples per second, predicted", "ideal", "data alone", "plan of hpctrain"):
+        for text in (
+            "lenet on a toy",
+            "ranks",
+            "samples per second, predicted",
+            "ideal",
+            "data alone",
+            "plan of hpctrain",
+        ):
             assert f">{text}</text>" in raw.decode()
 
 
