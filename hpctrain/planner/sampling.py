@@ -19,21 +19,18 @@ PAIRS = 256
 class Sample(NamedTuple):
     """The ranks to look at among `ranks` on hosts of `per_host`.
 
-    `counts` says whether it matters with how many a rank exchanges. `summed`: a host's ranks have coordinates whose
-    product they are, so that what they have together is a product, too.
+    `summed`: the ranks of each host are a block of coordinates, so that what they have together is a product, too.
     """
 
     ranks: int
     per_host: int
-    counts: bool
     summed: bool
 
     @classmethod
     def of(cls, ranks: int, wire: Wire, *partitions: np.ndarray) -> Sample:
         """That for the price of edges between `partitions` (any, 6)."""
         several = ranks > wire.per_host
-        summed = several and all(_aligned(blocks, wire.per_host) for blocks in partitions)
-        return cls(ranks, wire.per_host, several or not wire.copies, summed)
+        return cls(ranks, wire.per_host, several and all(_aligned(blocks, wire.per_host) for blocks in partitions))
 
     @property
     def several(self) -> bool:

@@ -98,9 +98,9 @@ def is_halo(edge: Edge) -> bool:
 def traffic(edge: Edge, per_host: int) -> Traffic:
     """What every rank moves, where each host has so many consecutive ranks."""
     ends = _Ends.of(edge)
-    own = ends.own()
+    own = ends.own(ends.have.groups)
     received = ends.received() - own
-    sent = ends.sent() - own
+    sent = ends.sent() - ends.own(ends.want.groups)
     copied = own.elements - ends.kept()
     near = ends.near(per_host) if len(ends.ranks) > per_host else (received, sent)
     own_runs = np.where(copied > 0, own.runs, 0)
@@ -138,10 +138,11 @@ class _Ends(NamedTuple):
         dims = [Overlaps.of(*cuts) for cuts in zip(edge.have.cuts, edge.want.cuts, strict=True)]
         return cls(ranks, dims, _End.of(edge.have, ranks), _End.of(edge.want, ranks))
 
-    def own(self) -> Moved:
-        """What each rank wants of its own block."""
-        both = self.have.present & self.want.present
-        return _moved([_meeting(*at) for at in self._places()], both)
+    def own(self, groups: Sequence[Group]) -> Moved:
+        """What each rank wants of its own block, runs counted by `groups`."""
+        each = [_meeting(*at) for at in self._places()]
+        found = [_joined([each[d] for d in group.dims]) for group in groups]
+        return _moved(found, self.have.present & self.want.present)
 
     def mine(self) -> np.ndarray:
         """Elements of each rank's block."""
@@ -194,6 +195,14 @@ def _meeting(dim: Overlaps, b: np.ndarray, c: np.ndarray) -> Factors:
     return n, meets.astype(np.int64), (meets & dim.same(b, c)).astype(np.int64)
 
 
+def _joined(factors: Sequence[Factors]) -> Factors:
+    """Of several dims taken as one."""
+    n = meets = same = np.ones((), np.int64)
+    for more in factors:
+        n, meets, same = n * more[0], meets * more[1], same * more[2]
+    return n, meets, same
+
+
 def _moved(factors: Sequence[Factors], present: np.ndarray) -> Moved:
     """Products over dims, from the outermost on, where the rank takes part.
 
@@ -222,14 +231,11 @@ def _summed(dims: Sequence[Overlaps], group: Group, index: Sequence[np.ndarray],
         return _summed_pairs(dims[group.dims[0]], group.taking, index[group.dims[0]], owners)
     mine = np.stack([index[d] for d in group.dims])
     distinct, which = np.unique(mine, axis=1, return_inverse=True)
-    total = np.zeros((3, distinct.shape[1]), np.int64)
-    found: list[np.ndarray] = [group.taking.astype(np.int64)] * 3
+    found = []
     for d, at, place in zip(group.dims, distinct, group.places, strict=True):
         b, c = (place, at[:, None]) if owners else (at[:, None], place)
-        found = [many * one for many, one in zip(found, _meeting(dims[d], b, c), strict=True)]
-    for row, many in zip(total, found, strict=True):
-        row[:] = np.broadcast_to(many, (distinct.shape[1], len(group.taking))).sum(axis=1)
-    n, meets, same = total[:, which.ravel()]
+        found.append(_meeting(dims[d], b, c))
+    n, meets, same = ((many @ group.taking.astype(np.int64))[which.ravel()] for many in _joined(found))
     return n, meets, same
 
 
