@@ -169,20 +169,29 @@ class _Ends(NamedTuple):
 
     def near(self, per_host: int) -> tuple[Moved, Moved]:
         """(received, sent) between each rank and the others of its host: all pairs of each host."""
-        hosts = -(-len(self.ranks) // per_host)
+        count = len(self.ranks)
+        hosts = -(-count // per_host)
 
         def by_host(found: np.ndarray) -> np.ndarray:
             padded = np.zeros(hosts * per_host, found.dtype)
-            padded[: len(found)] = found
+            padded[:count] = found
             return padded.reshape(hosts, per_host)
 
-        present = by_host(self.want.present)[:, :, None] & by_host(self.have.present)[:, None, :]
-        present &= ~np.eye(per_host, dtype=bool)
-        places = ((dim, by_host(b)[:, None, :], by_host(c)[:, :, None]) for dim, b, c in self._places())
-        pairs = _moved([_meeting(*at) for at in places], present)  # (host, who wants, who has)
-        received, sent = (Moved(*(n.sum(axis=d).ravel()[: len(self.ranks)] for n in pairs)) for d in (2, 1))
-        return received, sent
+        has, wants = by_host(self.have.present), by_host(self.want.present)
+        places = [(dim, by_host(b), by_host(c)) for dim, b, c in self._places()]
+        others = ~np.eye(per_host, dtype=bool)
+        received, sent = np.zeros((2, 3, hosts, per_host), np.int64)
+        step = max(1, IN_CACHE // per_host**2)
+        for some in (slice(start, start + step) for start in range(0, hosts, step)):
+            present = wants[some, :, None] & has[some, None, :] & others
+            factors = [_meeting(dim, b[some, None, :], c[some, :, None]) for dim, b, c in places]
+            for i, pairs in enumerate(_moved(factors, present)):  # (host, who wants, who has)
+                received[i, some], sent[i, some] = pairs.sum(axis=2), pairs.sum(axis=1)
+        return Moved(*received.reshape(3, -1)[:, :count]), Moved(*sent.reshape(3, -1)[:, :count])
 
+
+IN_CACHE = 2**15
+"""Pairs of ranks whose numbers stay in the cache of a core."""
 
 Factors = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Along one dim: elements in common, and for how many others there are any, and these are all that both have."""
