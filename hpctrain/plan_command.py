@@ -44,7 +44,7 @@ def run(request: RunRequest, options: Options) -> int:
     if options.plot is not None:
         plot.require(options.plot)
     config = request.load()
-    task = planning.task(config, options.machine, options.memory)
+    task = planning.task(config, options.machine, options.memory, str(request.path))
     print(wrapped(f"{_what(task)}; {task.chosen}"))
     records = list_grids(task, options) if options.grids else Planning(task, options, request).run()
     if options.json:
@@ -182,7 +182,8 @@ class Planning:
         for line in _spent(task, ranks, cost):
             _say(line)
         _say(totals.shares(cost, sources))
-        _say(f"memory of a rank: {need}{f', of {mib(int(task.memory_limit))}' if task.memory_limit else ''}")
+        limit = task.limit(ranks)
+        _say(f"memory of a rank: {need}{f', of {mib(int(limit))}' if limit else ''}")
         _say(_proof(found))
         for note in (*found.notes, *plan.notes):
             _say(note)

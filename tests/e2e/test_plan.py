@@ -305,7 +305,7 @@ def test_unmeasured_machine_names_what_can_be_done(
     assert plan("run.toml", "--ranks", "2") == 2
     text = capsys.readouterr().err
     assert "perlmutter-gpu" in text
-    assert text.strip().splitlines()[-1].endswith("calibrate CONFIG.toml")
+    assert text.strip().splitlines()[-1].endswith("calibrate run.toml")
 
 
 def test_one_sample_on_many_ranks_is_planned_by_other_axes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
