@@ -31,6 +31,9 @@ from hpctrain.request import RunRequest
 COMPARED = ("data", "domain")
 """The baselines that a sweep shows."""
 
+PATIENCE = 3
+"""After how many numbers of ranks in a row that are slower than the fastest no larger one is tried, without --sweep."""
+
 Records = list[dict[str, Any]]
 
 
@@ -138,10 +141,13 @@ class Planning:
         with Console(0).progress(len(tried), "planning") as bar:
 
             def step(ranks: int) -> Step:
-                bar.advance(text=f"{ranks} ranks")
-                return _step(self._search(ranks).cost)
+                try:
+                    return _step(self._search(ranks).cost)
+                finally:
+                    bar.advance(text=f"{ranks} ranks")
 
-            return scaling.how_many(step, tried, task.batch, objective, task.machine)
+            patience = None if self.options.sweep else PATIENCE
+            return scaling.how_many(step, tried, task.batch, objective, task.machine, patience=patience)
 
     def _most(self) -> int:
         most = self.task.chosen.most_ranks

@@ -326,7 +326,7 @@ def test_under_a_launcher_it_is_refused(folder: Path) -> None:
 
 
 def test_deep_networks_fit_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = "data.sample={shape = [64, 64, 3], classes = 10, count = 100}"
+    sample = "data.sample={shape = [32, 32, 3], classes = 10, count = 100}"
     words = ["run.toml", "--ranks", "2", "model.name=resnet18", sample, "plan.only={Conv=['batch', 'height']}"]
     assert plan(*words) == 0
     short = capsys.readouterr().out
