@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -29,16 +29,22 @@ LOOKED_AT = 64
 PREDICTED = 3
 """Of them, how many have their memory predicted: rank 0, and those that read and write most."""
 
+AMPLE = 8
+"""Where rank 0 needs so many times less than the limit, no other rank is looked at: halos on both sides, where it has
+them on one, are not even twice as much along each of three dims."""
+
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
 
 
-def needed(graph: Graph, plan: Plan, setting: Setting, ranks: int) -> tuple[int, Memory]:
-    """(rank, its memory) of the rank that needs most, among those that may."""
+def needed(
+    graph: Graph, plan: Plan, setting: Setting, ranks: int, of: Sequence[int] | None = None
+) -> tuple[int, Memory]:
+    """(rank, its memory) of the rank that needs most, among those that may, or those asked for."""
     found = predict(
         graph,
         plan,
-        _greedy(graph, plan),
+        _greedy(graph, plan) if of is None else of,
         setting.precision,
         setting.optimizer_arrays,
         setting.backend,
@@ -77,7 +83,9 @@ def _volumes(region: Region, ids: np.ndarray) -> np.ndarray:
 
 def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -> bool:
     """Whether no rank needs more than `limit` bytes."""
-    return limit == inf or needed(graph, plan, setting, ranks)[1].total <= limit
+    if limit == inf or AMPLE * needed(graph, plan, setting, ranks, [0])[1].total <= limit:
+        return True
+    return needed(graph, plan, setting, ranks)[1].total <= limit
 
 
 # --- roughly, for every partition of a group -------------------------------------------------------------------------
@@ -149,14 +157,14 @@ def refusal(graph: Graph, setting: Setting, ranks: int, limit: float) -> PlanErr
 
 
 def _largest_layer(graph: Graph, plan: Plan, setting: Setting) -> str:
-    """The layer with the most bytes on rank 0, and what they are."""
-    full, found = exact(setting.dtype).itemsize, []
-    for name, place in layouts(graph, plan).items():
-        size = kind(graph, name).dtype(setting.dtype).itemsize
-        weights = sum(volume(dist.box(0)) for dist in place.weights.values()) * full * (2 + setting.optimizer_arrays)
-        inputs = 0 if isinstance(place.node.layer, Input) else sum(volume(want.box(0)) for want in place.inputs) * size
-        output = volume(place.output.box(0)) * size
-        found.append((weights + inputs + output, name, weights, inputs + output))
+    """The layer with the most bytes on rank 0, with those that follow it, and what they are."""
+    full, places, found = exact(setting.dtype).itemsize, layouts(graph, plan), []
+    for group in groups(graph):
+        numbers = sum(volume(d.box(0)) for name in group.names for d in places[name].weights.values())
+        weights = numbers * full * (2 + setting.optimizer_arrays)
+        ends = (*places[group.head].inputs, places[group.names[-1]].output)
+        tensors = sum(volume(region.box(0)) for region in ends) * setting.dtype.itemsize
+        found.append((weights + tensors, group.head, weights, tensors))
     _, name, weights, tensors = max(found, key=lambda entry: entry[0])
     return f"layer {name} has most of it: {mib(weights)} with its weights, {mib(tensors)} of inputs and output"
 

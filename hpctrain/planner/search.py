@@ -19,10 +19,10 @@ from hpctrain.graph import Graph
 from hpctrain.partition import AXES, Partition
 from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.cost import price
-from hpctrain.planner.eliminate import Memo, solve
-from hpctrain.planner.groups import ALL, Group, candidates, chosen, follow, groups
-from hpctrain.planner.limits import bytes_of, fits, refusal
 from hpctrain.planner.edge_tables import Pairs
+from hpctrain.planner.eliminate import Memo, solve
+from hpctrain.planner.groups import ALL, Group, as_partition, candidates, chosen, follow, groups
+from hpctrain.planner.limits import bytes_of, fits, refusal
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting
@@ -114,6 +114,7 @@ class Search:
         self.met: dict[tuple[int, ...], Met] = {}
         self.notes = [f"on more than {ALL} ranks not all partitions are looked at"] if ranks > ALL else []
         self._memo = Memo()
+        self._known: dict[tuple[str, Partition], tuple[int, tuple[Partition, ...]]] = {}
         self._memory: dict[str, np.ndarray] = {}
         self._fitting: dict[tuple[Partition, ...], bool] = {}
 
@@ -190,15 +191,22 @@ class Search:
 
     def _states(self, plan: Plan) -> dict[str, int]:
         """The states of those groups that `plan` cuts in one that is looked at."""
-        states = {}
+        found = {}
         for group in self.groups:
-            row = np.array(plan.partitions[group.head].shape)
-            same = np.flatnonzero((self.partitions[group.head] == row).all(1))
-            followers = (follow(self.graph, group, name, row[None])[0] for name in group.names)
-            alike = (plan.partitions[name].shape == tuple(f) for name, f in zip(group.names, followers, strict=True))
-            if len(same) and all(alike):
-                states[group.head] = int(same[0])
-        return states
+            first, *others = (plan.partitions[name] for name in group.names)
+            if (group.head, first) not in self._known:
+                self._known[group.head, first] = self._state(group, first)
+            state, followers = self._known[group.head, first]
+            if state >= 0 and tuple(others) == followers:
+                found[group.head] = state
+        return found
+
+    def _state(self, group: Group, partition: Partition) -> tuple[int, tuple[Partition, ...]]:
+        """(the state of that partition, -1 if it is not looked at, partitions of the layers that follow)."""
+        row = np.array(partition.shape, np.int32)
+        same = np.flatnonzero((self.partitions[group.head] == row).all(1))
+        others = (follow(self.graph, group, name, row[None])[0] for name in group.names[1:])
+        return (int(same[0]) if len(same) else -1), tuple(as_partition(other) for other in others)
 
     def found(self, plan: Plan, cost: PlanCost, seconds: float) -> Found:
         """What to say of the plan that was chosen."""
