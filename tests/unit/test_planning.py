@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launching
+import msgspec
 import pytest
 
 from hpctrain import config_file, machine, planning, prepare
@@ -15,6 +16,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.make.digits import make_digits
 from hpctrain.errors import BackendUnavailable, ConfigError, DataError
 from hpctrain.machine import Compute, Level, Machine, Power
+from hpctrain.memory import Room
 from hpctrain.partition import Partition
 from hpctrain.planner.plan import Plan, uniform
 from hpctrain.planner.scaling import Scaling, Step, how_many
@@ -96,12 +98,12 @@ def test_this_machine_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: 
 def test_unmeasured_machine_is_one_message_with_both_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCTRAIN_MACHINE", str(tmp_path / "none.json"))
     with pytest.raises(ConfigError) as error:
-        planning.choose_machine(config(tmp_path, "nowhere", DIGITS))
+        planning.choose_machine(config(tmp_path, "nowhere", DIGITS), None, "a run.toml")
     text = str(error.value)
     assert f"no {tmp_path}/none.json" in text
     assert "--machine" in text
     assert "cori-knl" in text
-    assert text.splitlines()[-1].split()[-2:] == ["calibrate", "CONFIG.toml"]
+    assert text.splitlines()[-1].endswith(" calibrate 'a run.toml'")
 
 
 def test_machine_that_was_measured_for_sums_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +220,21 @@ def test_memory_is_the_machines_unless_given(tmp_path: Path, toy: Path) -> None:
     found = config(tmp_path, "nowhere", DIGITS)
     assert planning.task(found, str(toy)).memory_limit == 2**30
     assert planning.task(found, str(toy), 0.5).memory_limit == 2**29
+    assert planning.task(found, str(toy), 0.5).limit(4) == 2**29
     task = planning.task(found, str(toy))
     plan = uniform(task.graph, Partition(batch=2, height=2))
     assert task.memory(plan, 4).total < task.memory(uniform(task.graph, Partition()), 1).total < 2**30
+
+
+def test_memory_of_this_host_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its file does not say what a rank has: the toy has 2 ranks on a host."""
+    monkeypatch.setattr(planning, "host_room", lambda: Room(600, "the test"))
+    own = written(tmp_path / "own.json", msgspec.structs.replace(FIGURES, memory=None))
+    monkeypatch.setenv("HPCTRAIN_MACHINE", str(own))
+    task = planning.task(config(tmp_path, "nowhere", DIGITS))
+    assert [task.limit(ranks) for ranks in (1, 2, 8)] == [600, 300, 300]
+    away = written(tmp_path / "away.json", msgspec.structs.replace(FIGURES, memory=None))
+    assert planning.task(config(tmp_path, "nowhere", DIGITS), str(away)).limit(2) is None
 
 
 def test_run_that_recomputes_is_planned_as_such(tmp_path: Path, toy: Path) -> None:
