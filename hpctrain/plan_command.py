@@ -191,6 +191,8 @@ class Planning:
         limit = task.limit(ranks)
         _say(f"memory of a rank: {need}{f', of {mib(int(limit))}' if limit else ''}")
         _say(_proof(found))
+        if plan.ranks < ranks:
+            _say(f"the plan uses {plan.ranks} of the {ranks} ranks; the others idle")
         for note in (*found.notes, *plan.notes):
             _say(note)
         if options.trace is not None:

@@ -97,6 +97,16 @@ def test_plan_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "plan.json" in ended.stdout
 
 
+def test_commands_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = re.findall(r"^hpctrain plan (run\.toml.*?) *(?:#.*)?$", readme, re.M)
+    assert len(lines) == 2
+    for line in lines:
+        assert plan(*shlex.split(line)) == 0
+    assert "64" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"run.toml", "toy.json", "plan.json", "scaling.png"}
+
+
 def test_no_mpi_is_loaded(folder: Path) -> None:
     """Whatever is asked for."""
     code = (
