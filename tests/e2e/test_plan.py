@@ -171,7 +171,7 @@ def test_best_number_of_ranks_is_that_of_the_sweep(folder: Path, capsys: pytest.
     assert chosen["ranks"] == 4 == max(points, key=lambda r: r["samples_per_second"])["ranks"]
     assert points[0]["efficiency"] == 1.0
     said = " ".join(text.split())
-    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2 .* less, (8|16) .* less", said)
+    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2: .* less, (8|16): .* less", said)
     assert text.splitlines()[-2].startswith("srun -n 4 hpctrain train run.toml plan.grid=auto plan.machine=slow.json")
     assert plan("run.toml", "--machine", "slow.json", "--sweep", "1..16") == 0
     table = capsys.readouterr().out
