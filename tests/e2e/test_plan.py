@@ -97,6 +97,16 @@ def test_plan_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "plan.json" in ended.stdout
 
 
+def test_commands_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = re.findall(r"^hpctrain plan (run\.toml.*?) *(?:#.*)?$", readme, re.M)
+    assert len(lines) == 2
+    for line in lines:
+        assert plan(*shlex.split(line)) == 0
+    assert "64" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"run.toml", "toy.json", "plan.json", "scaling.png"}
+
+
 def test_no_mpi_is_loaded(folder: Path) -> None:
     """Whatever is asked for."""
     code = (
@@ -161,7 +171,7 @@ def test_best_number_of_ranks_is_that_of_the_sweep(folder: Path, capsys: pytest.
     assert chosen["ranks"] == 4 == max(points, key=lambda r: r["samples_per_second"])["ranks"]
     assert points[0]["efficiency"] == 1.0
     said = " ".join(text.split())
-    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2 .* less, (8|16) .* less", said)
+    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2: .* less, (8|16): .* less", said)
     assert text.splitlines()[-2].startswith("srun -n 4 hpctrain train run.toml plan.grid=auto plan.machine=slow.json")
     assert plan("run.toml", "--machine", "slow.json", "--sweep", "1..16") == 0
     table = capsys.readouterr().out
