@@ -31,6 +31,9 @@ from hpctrain.request import RunRequest
 COMPARED = ("data", "domain")
 """The baselines that a sweep shows."""
 
+PATIENCE = 3
+"""After how many numbers of ranks in a row that are slower than the fastest no larger one is tried, without --sweep."""
+
 Records = list[dict[str, Any]]
 
 
@@ -44,7 +47,7 @@ def run(request: RunRequest, options: Options) -> int:
     if options.plot is not None:
         plot.require(options.plot)
     config = request.load()
-    task = planning.task(config, options.machine, options.memory)
+    task = planning.task(config, options.machine, options.memory, str(request.path))
     print(wrapped(f"{_what(task)}; {task.chosen}"))
     records = list_grids(task, options) if options.grids else Planning(task, options, request).run()
     if options.json:
@@ -138,10 +141,13 @@ class Planning:
         with Console(0).progress(len(tried), "planning") as bar:
 
             def step(ranks: int) -> Step:
-                bar.advance(text=f"{ranks} ranks")
-                return _step(self._search(ranks).cost)
+                try:
+                    return _step(self._search(ranks).cost)
+                finally:
+                    bar.advance(text=f"{ranks} ranks")
 
-            return scaling.how_many(step, tried, task.batch, objective, task.machine)
+            patience = None if self.options.sweep else PATIENCE
+            return scaling.how_many(step, tried, task.batch, objective, task.machine, patience=patience)
 
     def _most(self) -> int:
         most = self.task.chosen.most_ranks
@@ -182,7 +188,8 @@ class Planning:
         for line in _spent(task, ranks, cost):
             _say(line)
         _say(totals.shares(cost, sources))
-        _say(f"memory of a rank: {need}{f', of {mib(int(task.memory_limit))}' if task.memory_limit else ''}")
+        limit = task.limit(ranks)
+        _say(f"memory of a rank: {need}{f', of {mib(int(limit))}' if limit else ''}")
         _say(_proof(found))
         for note in (*found.notes, *plan.notes):
             _say(note)

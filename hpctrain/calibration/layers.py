@@ -182,8 +182,8 @@ INTENSE = 8.0
 
 
 def compute(found: Iterable[Measured]) -> Compute:
-    """Speeds that what was measured is near to: bandwidth by layers that compute little, `flops` and the shares of it
-    by those that compute much.
+    """Speeds by which all that was measured takes as long in the sum: bandwidth by layers that compute little, `flops`
+    and the shares of it, by decades of operations, by those that compute much.
     """
     ways = [
         (float(operations[0]), float(moved[0]), seconds)
@@ -192,18 +192,30 @@ def compute(found: Iterable[Measured]) -> Compute:
         if seconds > 0
     ]
     call = min(seconds for _, _, seconds in ways)
-    light = [moved / (seconds - call) for n, moved, seconds in ways if n < INTENSE * moved and seconds > 4 * call]
-    heavy = [(n, n / (seconds - call)) for n, moved, seconds in ways if n >= INTENSE * moved and seconds > 2 * call]
-    bandwidth = median(light) if light else 1e10
-    rates: dict[int, list[float]] = {}
-    for n, rate in heavy:
-        rates.setdefault(round(np.log10(n)), []).append(rate)
-    steps = [(decade, median(of)) for decade, of in sorted(rates.items())] or [(6, 1e10)]
-    most, curve, reached = max(rate for _, rate in steps), [], 0.0
-    for decade, rate in steps:
-        reached = max(reached, rate)
-        curve.append((10.0**decade, _rounded(reached / most)))
-    return Compute(_rounded(most), _rounded(bandwidth), tuple(curve), _rounded(call))
+    light = [(moved, t - call) for n, moved, t in ways if n < INTENSE * moved and t > 2 * call]
+    bandwidth = sum(n for n, _ in light) / sum(t for _, t in light) if light else 1e10
+    decades: dict[int, list[Pair]] = {}
+    for n, moved, t in ways:
+        if n >= INTENSE * moved and t > 2 * call:
+            decades.setdefault(round(np.log10(n)), []).append((n, t - call))
+    sums = [(decade, sum(n for n, _ in of), sum(t for _, t in of)) for decade, of in sorted(decades.items())]
+    rates = rising(sums)
+    most = rates[-1][1] if rates else bandwidth
+    curve = tuple((10.0**decade, _rounded(rate / most)) for decade, rate in rates) or ((1.0, 1.0),)
+    return Compute(_rounded(most), _rounded(bandwidth), curve, _rounded(call))
+
+
+def rising(sums: Sequence[tuple[int, float, float]]) -> list[tuple[int, float]]:
+    """(decade, operations, seconds) to (decade, operations per second): where a rate falls, neighbours have theirs
+    together.
+    """
+    pools: list[tuple[list[int], float, float]] = []
+    for decade, operations, seconds in sums:
+        pools.append(([decade], operations, seconds))
+        while len(pools) > 1 and pools[-2][1] / pools[-2][2] >= pools[-1][1] / pools[-1][2]:
+            (before, n, t), (after, m, u) = pools[-2:]
+            pools[-2:] = [(before + after, n + m, t + u)]
+    return [(decade, n / t) for decades, n, t in pools for decade in decades]
 
 
 def deviation(known: Compute, found: Iterable[Measured]) -> float:

@@ -108,20 +108,26 @@ def how_many(
     objective: str,
     machine: Machine,
     tolerance: float = TOLERANCE,
+    patience: int | None = None,
 ) -> Scaling:
     """The best of the numbers of ranks in `tried`, for steps of `samples` samples.
 
     `step` gives the step on so many ranks, or raises PlanError where no plan exists for them. Ranks that slow a step
     down are refused whatever the objective; of numbers that are within `tolerance` of the best, the smallest is taken.
+    After `patience` numbers in a row that are slower than the fastest, larger ones are not tried.
     Raises PlanError where no number will do, ConfigError where the machine lacks the figures.
     """
     require(objective, machine)
-    points, refused = [], {}
+    points, refused, fastest = list[Point](), dict[int, str](), 0
     for ranks in sorted(tried):
+        if patience is not None and len(points) - fastest > patience:
+            break
         try:
             points.append(Point(ranks, step(ranks), samples))
         except PlanError as error:
             refused[ranks] = str(error)
+        else:
+            fastest = max(range(len(points)), key=lambda i: points[i].throughput)
     if not points:
         if not refused:
             raise PlanError("no number of ranks to try; give --ranks N, or --sweep 1..N")

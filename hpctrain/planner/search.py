@@ -19,10 +19,10 @@ from hpctrain.graph import Graph
 from hpctrain.partition import AXES, Partition
 from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.cost import price
+from hpctrain.planner.edge_tables import Pairs
 from hpctrain.planner.eliminate import Memo, solve
 from hpctrain.planner.groups import ALL, Group, as_partition, candidates, chosen, follow, groups
 from hpctrain.planner.limits import bytes_of, fits, refusal
-from hpctrain.planner.edge_tables import Pairs
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting

@@ -12,7 +12,7 @@ from hpctrain.memory import MIB
 from hpctrain.partition import AXES, Partition
 from hpctrain.planner.seconds import LayerCost, PlanCost
 
-MANY = 50
+MANY = 40
 """Lines above which neighbours are put into one."""
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -58,18 +58,18 @@ def lines(cost: PlanCost, every: bool = False) -> list[Line]:
     """The lines of a plan. Inputs have none.
 
     A layer that takes no time of its own goes with the one before, if both are cut alike. If that leaves too many
-    lines, blocks that follow one another and are cut alike share theirs; then neighbours in a stage that are cut alike;
-    then all of a stage. Block and stage are what stands before the last and the first dot of a name.
+    lines, neighbours in a stage that are cut alike share theirs, or blocks of a stage that follow one another and are
+    cut alike, whichever leaves fewer; else all of a stage. Block and stage are what stands before the last and the
+    first dot of a name.
     """
     layers = [layer for layer in cost.layers if layer.kind != "Input"]
     if every:
         return [Line((layer,)) for layer in layers]
     found = _fold(layers, _follows)
     if len(found) > MANY:
-        found = _repeated(found)
-    for joined in (_same_partition, _same_stage):
-        if len(found) > MANY:
-            found = _fold(layers, joined)
+        found = min(_repeated(found), _fold(layers, _same_partition), key=len)
+    if len(found) > MANY:
+        found = _fold(layers, _same_stage)
     return found
 
 
@@ -93,7 +93,7 @@ def _same_partition(before: LayerCost, layer: LayerCost) -> bool:
 
 
 def _same_stage(before: LayerCost, layer: LayerCost) -> bool:
-    return _follows(before, layer) or before.name.split(".")[0] == layer.name.split(".")[0]
+    return _follows(before, layer) or _ends(before.name)[0] == _ends(layer.name)[0]
 
 
 def _repeated(found: Sequence[Line]) -> list[Line]:
@@ -109,17 +109,14 @@ def _repeated(found: Sequence[Line]) -> list[Line]:
     return [line for block in joined for line in block]
 
 
-def _signature(block: Sequence[Line]) -> list[tuple[str, Partition, int]]:
+def _signature(block: Sequence[Line]) -> list[tuple[str, str, Partition, int]]:
     """What blocks that repeat have in common; what has no dot in its name repeats nothing."""
-    first = [line.layers[0] for line in block]
-    return [
-        (
-            layer.name.rpartition(".")[2] if "." in layer.name else layer.name,
-            layer.partition,
-            len(line.layers) // line.repeats,
-        )
-        for layer, line in zip(first, block, strict=True)
-    ]
+    return [(*_ends(line.layers[0].name), line.layers[0].partition, len(line.layers) // line.repeats) for line in block]
+
+
+def _ends(name: str) -> tuple[str, str]:
+    """The stage of a layer, and its name within its block."""
+    return name.partition(".")[0], name.rpartition(".")[2]
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ def test_unmeasured_machine_names_what_can_be_done(
     assert plan("run.toml", "--ranks", "2") == 2
     text = capsys.readouterr().err
     assert "perlmutter-gpu" in text
-    assert text.strip().splitlines()[-1].endswith("calibrate CONFIG.toml")
+    assert text.strip().splitlines()[-1].endswith("calibrate run.toml")
 
 
 def test_one_sample_on_many_ranks_is_planned_by_other_axes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,7 +326,7 @@ def test_under_a_launcher_it_is_refused(folder: Path) -> None:
 
 
 def test_deep_networks_fit_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = "data.sample={shape = [64, 64, 3], classes = 10, count = 100}"
+    sample = "data.sample={shape = [32, 32, 3], classes = 10, count = 100}"
     words = ["run.toml", "--ranks", "2", "model.name=resnet18", sample, "plan.only={Conv=['batch', 'height']}"]
     assert plan(*words) == 0
     short = capsys.readouterr().out

@@ -98,6 +98,14 @@ def test_efficiency_is_that_of_a_rank_beside_the_fewest() -> None:
     assert [found.efficiency(point) for point in found.points] == [1.0, 1.0, 0.5]
 
 
+def test_larger_numbers_are_not_tried_once_they_are_slower() -> None:
+    steps = {1: 1.0, 2: 0.5, 4: 0.6, 8: 0.4, 16: 0.5, 32: 0.6, 64: 0.55, 128: 0.1}
+    found = how_many(lambda n: Step(steps[n], 0.0), steps, 128, "time", BARE, patience=3)
+    assert [point.ranks for point in found.points] == [1, 2, 4, 8, 16, 32, 64]
+    assert found.chosen.ranks == 8
+    assert scaled(steps).chosen.ranks == 128
+
+
 def test_numbers_without_a_plan_are_left_out_and_told() -> None:
     def step(ranks: int) -> Step:
         if ranks < 4:

@@ -10,12 +10,13 @@ from math import prod
 import pytest
 from msgspec.structs import replace as with_fields
 from networks import NETWORKS, residual
+from planning import HOST, HOSTS, digits, towers
 
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph
 from hpctrain.layers import MSE, Conv, Dense, GlobalAvgPool, Tanh
-from hpctrain.machine import Compute, Copies, Level, Machine, Storage
-from hpctrain.models import Sample, alexnet, lenet, resnet
+from hpctrain.machine import Level, Machine
+from hpctrain.models import Sample, alexnet, resnet
 from hpctrain.partition import Partition
 from hpctrain.planner.baselines import baselines, grids
 from hpctrain.planner.cost import price
@@ -25,32 +26,6 @@ from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import Economy
 from hpctrain.planner.search import search
 from hpctrain.planner.setting import Setting
-
-FAST = Level(0.0, 1e-9, 0.0)
-"""Without latency, so that sums of gradients add up: that of all is that of each."""
-
-HOST = Machine(
-    node=FAST,
-    copies=Copies(alpha=2e-6, beta=2e-10, run=1e-8),
-    compute=Compute(flops=5e9, bandwidth=8e9, call=1e-6),
-    update=1e-10,
-    storage=Storage(read=1e9, write=1e9),
-    step=1e-5,
-)
-"""One host of any number of ranks."""
-
-HOSTS = with_fields(HOST, network=Level(2e-6, 3e-9, 0.0), node=Level(1e-6, 4e-10, 0.0), per_host=2, copies=None)
-"""Hosts of two ranks, which exchange messages."""
-
-
-def digits(batch: int = 8) -> Graph:
-    """LeNet on small images."""
-    return lenet.build(batch, Sample((14, 12, 1), classes=5))
-
-
-def towers(batch: int = 4) -> Graph:
-    """AlexNet, thin."""
-    return alexnet.build(batch, Sample((67, 67, 3), classes=5), hidden=32, width=0.25)
 
 
 def every_plan(net: Graph, setting: Setting, ranks: int) -> Iterator[Plan]:
