@@ -35,34 +35,39 @@ def baselines(graph: Graph, setting: Setting, ranks: int, pricer: Pricer | None 
     "best uniform grid" is the best of `grids`.
     """
     pricer = pricer or Pricer(setting, graph, at_once(setting, ranks))
-    found: dict[str, Baseline] = {}
+    found: dict[str, Baseline] = {
+        name: plan if isinstance(plan, str) else (plan, price(graph, plan, setting, ranks, pricer))
+        for name, plan in by_hand(graph, setting, ranks).items()
+    }
+    priced = grids(graph, setting, ranks, pricer)
+    best = min(priced, key=lambda grid: grid.cost.seconds, default=None)
+    found["best uniform grid"] = f"no layer takes a grid of {ranks} ranks" if best is None else (best.plan, best.cost)
+    return found
+
+
+def by_hand(graph: Graph, setting: Setting, ranks: int) -> dict[str, Plan | str]:
+    """The plans of `baselines` but for grids, without prices."""
+    found: dict[str, Plan | str] = {}
     for name, make in MAKERS.items():
         try:
-            plan = make(graph, ranks, setting.allreduce)
+            found[name] = make(graph, ranks, setting.allreduce)
         except PlanError as error:
             found[name] = str(error)
-        else:
-            found[name] = plan, price(graph, plan, setting, ranks, pricer)
-    try:
-        best = min(grids(graph, setting, ranks, pricer), key=lambda grid: grid.cost.seconds)
-        found["best uniform grid"] = best.plan, best.cost
-    except PlanError as error:
-        found["best uniform grid"] = str(error)
     return found
 
 
 def grids(graph: Graph, setting: Setting, ranks: int, pricer: Pricer | None = None) -> list[Grid]:
-    """Every Pr x Pc grid of `ranks`, for all layers alike: Pc cuts the batch, Pr channels or positions, the latter as
-    evenly as they allow. Raises PlanError where none of them suits any layer.
+    """Every Pr x Pc grid of `ranks` that some layer takes in full, for all layers alike: Pc cuts the batch, Pr channels
+    or positions, the latter as evenly as they allow.
     """
     pricer = pricer or Pricer(setting, graph, at_once(setting, ranks))
-    found = []
-    for partition in _uniform(graph, ranks):
-        plan = uniform(graph, partition, setting.allreduce)
-        found.append(Grid(partition, plan, price(graph, plan, setting, ranks, pricer)))
-    if not found:
-        raise PlanError(f"no grid of {ranks} ranks: no layer has so many samples, positions or channels")
-    return found
+    plans = uniform_plans(graph, setting, ranks)
+    return [Grid(grid, plan, price(graph, plan, setting, ranks, pricer)) for grid, plan in plans]
+
+
+def uniform_plans(graph: Graph, setting: Setting, ranks: int) -> list[tuple[Partition, Plan]]:
+    """The grids of `grids` and their plans, without prices."""
+    return [(grid, uniform(graph, grid, setting.allreduce)) for grid in _uniform(graph, ranks)]
 
 
 def _uniform(graph: Graph, ranks: int) -> list[Partition]:

@@ -151,8 +151,14 @@ def _may_have_fewer(graph: Graph, group: Group, setting: Setting) -> bool:
     return setting.fewer == "all" or (setting.fewer == "head" and group.head in head_layers(graph))
 
 
-def head_layers(graph: Graph) -> set[str]:
+def head_layers(graph: Graph) -> frozenset[str]:
     """What stands behind the last position: layers of vectors, the pooling before them, losses and their targets."""
+    return _head_layers(graph, len(graph.nodes))
+
+
+@lru_cache(maxsize=4)
+def _head_layers(graph: Graph, count: int) -> frozenset[str]:
+    """Of a graph while it has `count` layers."""
     found = {n.name for n in graph if isinstance(n.layer, Loss) or (n.inputs and len(n.shape) <= 2)}
     users = readers(graph)
     for node in reversed(list(graph)):
@@ -161,7 +167,7 @@ def head_layers(graph: Graph) -> set[str]:
             target = isinstance(node.layer, Input) and all(isinstance(user.layer, Loss) for user in users[node.name])
             if pooling or target:
                 found.add(node.name)
-    return found
+    return frozenset(found)
 
 
 def _sizes(limits: Dims, ranks: int, fewer: bool) -> tuple[int, ...]:

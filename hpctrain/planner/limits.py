@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -12,7 +12,7 @@ from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.memory import mib
-from hpctrain.partition import volume
+from hpctrain.partition import AXES, volume
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
 from hpctrain.planner.layout import kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
@@ -21,37 +21,71 @@ from hpctrain.planner.schedule import segments_to_try
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.states import block
 from hpctrain.precision import exact
-from hpctrain.regions import Along
+from hpctrain.regions import Along, Region
 
 LOOKED_AT = 64
-"""Ranks whose memory is predicted: the first ones, which have the longest blocks."""
+"""Ranks among which those are sought that need most: the first ones, which have the longest blocks."""
+
+PREDICTED = 3
+"""Of them, how many have their memory predicted: rank 0, and those that read and write most."""
+
+AMPLE = 8
+"""Where rank 0 needs so many times less than the limit, no other rank is looked at: halos on both sides, where it has
+them on one, are not even twice as much along each of three dims."""
 
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
 
 
-def needed(graph: Graph, plan: Plan, setting: Setting, ranks: int, of: int = LOOKED_AT) -> tuple[int, Memory]:
-    """(rank, its memory) of the rank that needs most among the first ones."""
-    hosts = [setting.machine.layout(ranks)[rank] for rank in range(plan.ranks)]
+def needed(
+    graph: Graph, plan: Plan, setting: Setting, ranks: int, of: Sequence[int] | None = None
+) -> tuple[int, Memory]:
+    """(rank, its memory) of the rank that needs most, among those that may, or those asked for."""
     found = predict(
         graph,
         plan,
-        range(min(of, plan.ranks)),
+        _greedy(graph, plan) if of is None else of,
         setting.precision,
         setting.optimizer_arrays,
         setting.backend,
         setting.economy,
         setting.parts > 1,
-        hosts,
+        setting.machine.layout(ranks)[: plan.ranks],
         setting.shard,
         setting.share_weights,
     )
     return largest(found)
 
 
+def _greedy(graph: Graph, plan: Plan) -> list[int]:
+    """The first rank, and those with the most elements in inputs, halos included, and outputs of all layers."""
+    ids = np.arange(min(LOOKED_AT, plan.ranks))
+    total = np.zeros(len(ids))
+    for place in layouts(graph, plan).values():
+        for region in (place.output, *place.inputs):
+            total += _volumes(region, ids)
+    most = np.argsort(-total, kind="stable")[: PREDICTED - 1].tolist()
+    return sorted({0, *most})
+
+
+def _volumes(region: Region, ids: np.ndarray) -> np.ndarray:
+    """Elements of the box of each rank."""
+    found = np.where(ids < region.partition.size, 1.0, 0.0)
+    coords = dict(zip(AXES, np.unravel_index(ids % region.partition.size, region.partition.shape), strict=True))
+    for cut in region.cuts:
+        at = np.zeros(len(ids), np.int64)
+        for axis in cut.axes:
+            at = at * region.partition[axis] + coords[axis]
+        low, high = np.array(cut.intervals).T
+        found *= (high - low)[at]
+    return found
+
+
 def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -> bool:
     """Whether no rank needs more than `limit` bytes."""
-    return limit == inf or all(needed(graph, plan, setting, ranks, of)[1].total <= limit for of in (1, LOOKED_AT))
+    if limit == inf or AMPLE * needed(graph, plan, setting, ranks, [0])[1].total <= limit:
+        return True
+    return needed(graph, plan, setting, ranks)[1].total <= limit
 
 
 # --- roughly, for every partition of a group -------------------------------------------------------------------------
@@ -123,14 +157,14 @@ def refusal(graph: Graph, setting: Setting, ranks: int, limit: float) -> PlanErr
 
 
 def _largest_layer(graph: Graph, plan: Plan, setting: Setting) -> str:
-    """The layer with the most bytes on rank 0, and what they are."""
-    full, found = exact(setting.dtype).itemsize, []
-    for name, place in layouts(graph, plan).items():
-        size = kind(graph, name).dtype(setting.dtype).itemsize
-        weights = sum(volume(dist.box(0)) for dist in place.weights.values()) * full * (2 + setting.optimizer_arrays)
-        inputs = 0 if isinstance(place.node.layer, Input) else sum(volume(want.box(0)) for want in place.inputs) * size
-        output = volume(place.output.box(0)) * size
-        found.append((weights + inputs + output, name, weights, inputs + output))
+    """The layer with the most bytes on rank 0, with those that follow it, and what they are."""
+    full, places, found = exact(setting.dtype).itemsize, layouts(graph, plan), []
+    for group in groups(graph):
+        numbers = sum(volume(d.box(0)) for name in group.names for d in places[name].weights.values())
+        weights = numbers * full * (2 + setting.optimizer_arrays)
+        ends = (*places[group.head].inputs, places[group.names[-1]].output)
+        tensors = sum(volume(region.box(0)) for region in ends) * setting.dtype.itemsize
+        found.append((weights + tensors, group.head, weights, tensors))
     _, name, weights, tensors = max(found, key=lambda entry: entry[0])
     return f"layer {name} has most of it: {mib(weights)} with its weights, {mib(tensors)} of inputs and output"
 
@@ -148,7 +182,7 @@ def _more_ranks(graph: Graph, setting: Setting, ranks: int, limit: float, plan: 
     most = min(MOST_RANKS, machine.hosts * machine.per_host if machine.hosts and machine.per_host else MOST_RANKS)
     for count in _doubled(ranks, most):
         try:
-            if needed(graph, least(graph, setting, count), setting, count, 1)[1].total <= limit:
+            if needed(graph, least(graph, setting, count), setting, count)[1].total <= limit:
                 return f"{count} ranks"
         except PlanError:  # plan.only leaves nothing for so many
             return ""
@@ -165,7 +199,7 @@ def _recompute(graph: Graph, setting: Setting, ranks: int, limit: float, plan: P
         return ""
     for segments in segments_to_try(graph):
         saving = replace(setting, economy=replace(setting.economy, recompute=segments))
-        if needed(graph, plan, saving, ranks, 1)[1].total <= limit:
+        if needed(graph, plan, saving, ranks)[1].total <= limit:
             return "memory.recompute = true"
     return ""
 
@@ -176,7 +210,7 @@ def _accumulate(graph: Graph, setting: Setting, ranks: int, limit: float, plan: 
         try:
             part, parts = of_batch(graph, -(-batch // count)), count * setting.parts
             smaller = replace(setting, parts=parts)
-            if needed(part, least(part, smaller, ranks), smaller, ranks, 1)[1].total <= limit:
+            if needed(part, least(part, smaller, ranks), smaller, ranks)[1].total <= limit:
                 return f"train.accumulate = {parts}"
         except PlanError:  # a layer that takes no smaller batch
             return ""

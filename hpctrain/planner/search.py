@@ -16,18 +16,19 @@ from time import perf_counter
 import numpy as np
 
 from hpctrain.graph import Graph
-from hpctrain.planner.baselines import baselines
+from hpctrain.partition import AXES, Partition
+from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.cost import price
-from hpctrain.planner.eliminate import Memo, solve
-from hpctrain.planner.groups import ALL, Group, candidates, chosen, groups
-from hpctrain.planner.limits import bytes_of, fits, refusal
 from hpctrain.planner.edge_tables import Pairs
+from hpctrain.planner.eliminate import Memo, solve
+from hpctrain.planner.groups import ALL, Group, as_partition, candidates, chosen, follow, groups
+from hpctrain.planner.limits import bytes_of, fits, refusal
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting
-from hpctrain.planner.states import States
+from hpctrain.planner.states import States, overlaps
 
-CLOSE = 1e-4
+CLOSE = 1e-6
 """The search ends where the best plan is at most so much, relatively, above the bound."""
 
 FINALISTS = 4
@@ -81,26 +82,21 @@ def search(
     began = perf_counter()
     limit = memory_limit or setting.machine.memory or inf
     looking = Search(graph, setting, ranks, began + deadline)
-    pricer, step = looking.states.pricer, setting.machine.step
-    by_hand = [b for b in baselines(graph, setting, ranks, pricer).values() if not isinstance(b, str)]
-    added = {id(plan): met.cost + step for plan, _ in by_hand if (met := looking.meet(plan)) is not None}
     looking.refine()
-    finals = [
-        (plan, price(graph, plan, setting, ranks, pricer), met.cost + step)
-        for plan, met in looking.best_that_fit(limit)
-    ]
-    finals += [
-        (plan, cost, added.get(id(plan), cost.seconds + cost.hidden))
-        for plan, cost in by_hand
-        if fits(graph, plan, setting, ranks, limit)
-    ]
-    if not finals:
+    plans = [looking.plan(met) for met in looking.best_that_fit(limit)]
+    others = [plan for plan in by_hand(graph, setting, ranks).values() if not isinstance(plan, str)]
+    others += [plan for _, plan in uniform_plans(graph, setting, ranks)]
+    plans += [plan for plan in others if looking.allows(plan)]
+    best: tuple[Plan, PlanCost] | None = None
+    for least, plan in sorted(((looking.least(plan), plan) for plan in plans), key=lambda entry: entry[0]):
+        if best is not None and least >= best[1].seconds:
+            break
+        cost = price(graph, plan, setting, ranks, looking.states.pricer)
+        if (best is None or cost.seconds < best[1].seconds) and looking.fits(plan, limit):
+            best = plan, cost
+    if best is None:
         raise refusal(graph, setting, ranks, limit)
-    plan, cost, total = min(finals, key=lambda found: found[1].seconds)
-    bound = looking.bound
-    gap = max(0.0, total - bound) / bound if bound else 0.0
-    count = sum(map(len, looking.partitions.values()))
-    return Found(plan, cost, bound, gap, looking.rounds, perf_counter() - began, count, tuple(looking.notes))
+    return looking.found(*best, perf_counter() - began)
 
 
 class Search:
@@ -109,6 +105,7 @@ class Search:
     def __init__(self, graph: Graph, setting: Setting, ranks: int, until: float) -> None:
         self.graph, self.setting, self.ranks, self.until = graph, setting, ranks, until
         self.groups = groups(graph)
+        self._group = {group.head: group for group in self.groups}
         self.partitions = {group.head: candidates(graph, group, ranks, setting) for group in self.groups}
         self.states = States(graph, setting, ranks)
         self.pairs = Pairs(self.states, self.groups, self.partitions)
@@ -117,8 +114,9 @@ class Search:
         self.met: dict[tuple[int, ...], Met] = {}
         self.notes = [f"on more than {ALL} ranks not all partitions are looked at"] if ranks > ALL else []
         self._memo = Memo()
+        self._known: dict[tuple[str, Partition], tuple[int, tuple[Partition, ...]]] = {}
         self._memory: dict[str, np.ndarray] = {}
-        self._fitting: dict[tuple[int, ...], bool] = {}
+        self._fitting: dict[tuple[Partition, ...], bool] = {}
 
     def refine(self, per_byte: float = 0.0, rounds: int = 10**6) -> Met:
         """The best plan, where memory has a price or none; after some rounds perhaps only nearly."""
@@ -143,42 +141,81 @@ class Search:
                 break
         return best
 
-    def best_that_fit(self, limit: float) -> list[tuple[Plan, Met]]:
+    def best_that_fit(self, limit: float) -> list[Met]:
         """The best few plans met whose memory is within the limit; memory has a price where the best of all is not."""
-        if self._fits(self._cheapest()[0], limit):
-            return [(self.plan(met), met) for met in self._cheapest()[:FINALISTS] if self._fits(met, limit)]
+        if self.fits(self.plan(self._cheapest()[0]), limit):
+            return self._cheapest()[:FINALISTS]
         best = self._cheapest()[0]
         rate = best.cost / sum(float(self._bytes(g)[best.states[g.head]]) for g in self.groups) / STEP**2
         lowest, fitting = 0.0, []
         for _ in range(STEPS):
             met = self.refine(rate, ROUNDS_WITH_LIMIT)
-            if self._fits(met, limit):
+            if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 break
             lowest, rate = rate, rate * STEP
         for _ in range(HALVINGS if fitting else 0):
             middle = sqrt(lowest * rate) if lowest else rate / STEP
             met = self.refine(middle, ROUNDS_WITH_LIMIT)
-            if self._fits(met, limit):
+            if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 rate = middle
             else:
                 lowest = middle
         if fitting:
             self.notes.append(f"without a limit of memory {best.cost / min(m.cost for m in fitting):.0%} of the time")
-        return [(self.plan(met), met) for met in sorted(fitting, key=lambda met: met.cost)[:FINALISTS]]
+        return sorted(fitting, key=lambda met: met.cost)[:FINALISTS]
 
-    def meet(self, plan: Plan) -> Met | None:
-        """A plan that others made, priced; None where its partitions are not among those that are looked at."""
-        states = {}
+    def allows(self, plan: Plan) -> bool:
+        """Whether it cuts layers along such axes only as the setting says."""
+        heads = ((type(self.graph[group.head].layer).__name__, group.head) for group in self.groups)
+        return all(
+            plan.partitions[head].parts().keys() <= set(self.setting.only.get(kind, AXES)) for kind, head in heads
+        )
+
+    def least(self, plan: Plan) -> float:
+        """Seconds that any plan takes at least: what is known of its groups and of edges between these.
+
+        Where sums of gradients may be hidden, they count for nothing.
+        """
+        states = self._states(plan)
+        hidden = overlaps(self.setting, self.states.hosts.tolist())
+        total = self.setting.machine.step
+        for head, state in states.items():
+            _, costs = self.states.costs(self._group[head], self.partitions[head])
+            total += float(costs.seconds[state] - hidden * costs.sums[state])
+        for link in self.pairs.links:
+            if link.producer in states and link.consumer in states:
+                total += float(self.pairs[link][1].seconds[states[link.producer], states[link.consumer]])
+        return total
+
+    def _states(self, plan: Plan) -> dict[str, int]:
+        """The states of those groups that `plan` cuts in one that is looked at."""
+        found = {}
         for group in self.groups:
-            row = np.array(plan.partitions[group.head].shape)
-            same = np.flatnonzero((self.partitions[group.head] == row).all(1))
-            if not len(same):
-                return None
-            states[group.head] = int(same[0])
-        met, _ = self._meet(states)
-        return met if self.plan(met).partitions == plan.partitions else None
+            first, *others = (plan.partitions[name] for name in group.names)
+            if (group.head, first) not in self._known:
+                self._known[group.head, first] = self._state(group, first)
+            state, followers = self._known[group.head, first]
+            if state >= 0 and tuple(others) == followers:
+                found[group.head] = state
+        return found
+
+    def _state(self, group: Group, partition: Partition) -> tuple[int, tuple[Partition, ...]]:
+        """(the state of that partition, -1 if it is not looked at, partitions of the layers that follow)."""
+        row = np.array(partition.shape, np.int32)
+        same = np.flatnonzero((self.partitions[group.head] == row).all(1))
+        others = (follow(self.graph, group, name, row[None])[0] for name in group.names[1:])
+        return (int(same[0]) if len(same) else -1), tuple(as_partition(other) for other in others)
+
+    def found(self, plan: Plan, cost: PlanCost, seconds: float) -> Found:
+        """What to say of the plan that was chosen."""
+        states, step = self._states(plan), self.setting.machine.step
+        known = len(states) == len(self.groups)
+        added = self._meet(states)[0].cost + step if known else cost.seconds + cost.hidden
+        gap = max(0.0, added - self.bound) / self.bound if self.bound else 0.0
+        count = sum(map(len, self.partitions.values()))
+        return Found(plan, cost, self.bound, gap, self.rounds, seconds, count, tuple(self.notes))
 
     def _meet(self, states: dict[str, int]) -> tuple[Met, bool]:
         """The plan of these states, and whether pricing it exactly changed any bound."""
@@ -194,10 +231,11 @@ class Search:
     def _cheapest(self) -> list[Met]:
         return sorted(self.met.values(), key=lambda met: met.cost)
 
-    def _fits(self, met: Met, limit: float) -> bool:
-        key = tuple(met.states.values())
+    def fits(self, plan: Plan, limit: float) -> bool:
+        """Whether its memory is within the limit; looked at once."""
+        key = tuple(plan.partitions.values())
         if key not in self._fitting:
-            self._fitting[key] = fits(self.graph, self.plan(met), self.setting, self.ranks, limit)
+            self._fitting[key] = fits(self.graph, plan, self.setting, self.ranks, limit)
         return self._fitting[key]
 
     def _bytes(self, group: Group) -> np.ndarray:

@@ -17,14 +17,13 @@ from hpctrain.planner.compute import Pricer, kernel_key
 from hpctrain.planner.cost import FLOAT64, at_once
 from hpctrain.planner.groups import Group, as_partition, follow
 from hpctrain.planner.layout import Edge, differentiable, kind, layout, layouts
-from hpctrain.planner.plan import Plan, work_dims
+from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import Unit, schedule
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds, statistics_seconds
 from hpctrain.planner.transfers import transfer
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
-from hpctrain.regions import Along, unchanged
 
 
 @dataclass
@@ -35,6 +34,8 @@ class Costs:
     partial: np.ndarray
     """What partial sums take of these seconds."""
     exact: np.ndarray
+    sums: np.ndarray
+    """What sums of gradients take of these seconds."""
     changes: int = 0
     """How often an entry was corrected."""
 
@@ -90,16 +91,21 @@ class States:
 
     def _costs(self, group: Group, partitions: np.ndarray) -> Costs:
         parts, machine = self.setting.parts, self.setting.machine
-        full, seconds = exact(self.setting.dtype).itemsize, np.zeros(len(partitions))
+        full = exact(self.setting.dtype).itemsize
+        seconds, sums = np.zeros(len(partitions)), np.zeros(len(partitions))
         for name in group.names:
             node, own = self.graph[name], follow(self.graph, group, name, partitions)
-            weights, sums = self._weights(node, own)
-            seconds += sums + weights * full * machine.update + parts * self._statistics(node, own)
+            weights, mine = self._weights(node, own)
+            sums += mine
+            seconds += mine + weights * full * machine.update + parts * self._statistics(node, own)
             if isinstance(node.layer, Input) and machine.storage is not None:
                 seconds += parts * block(node.shape, node.layer.work_axes(), own).prod(1) * full / machine.storage.read
-        partial = parts * self._partial(group, partitions)
-        seconds += parts * self._compute(group, partitions, partial > 0) + partial
-        return Costs(seconds, partial, partial == 0)
+        head = self.graph[group.head]
+        several = partitions[:, self._summed(head)].prod(1) > 1
+        partial = np.zeros(len(partitions))
+        partial[several] = parts * self._partial(head, partitions[several])
+        seconds += parts * self._compute(group, partitions, several) + partial
+        return Costs(seconds, partial, ~several, sums)
 
     # --- computing -----------------------------------------------------------------------------------------------
 
@@ -165,37 +171,38 @@ class States:
     def _rate(self, ranks: _Set) -> float:
         """Seconds per byte of gradient, where a full bucket is summed, or all at once where backward has ended."""
         if ranks not in self._rates:
-            asked = self.setting.overlap
-            overlaps = self.hosts[-1] > 0 if asked is None else asked
-            size = max(1, min(self.setting.bucket_bytes, self._whole) if overlaps else self._whole)
+            several = overlaps(self.setting, self.hosts.tolist())
+            size = max(1, min(self.setting.bucket_bytes, self._whole) if several else self._whole)
             self._rates[ranks] = allreduce_seconds(size, ranks.hosts, self.setting, ranks.crowd) / size
         return self._rates[ranks]
 
     # --- partial sums --------------------------------------------------------------------------------------------
 
-    def _partial(self, group: Group, partitions: np.ndarray) -> np.ndarray:
-        """A lower bound of the exchange of partial sums, from what rank 0 adds up; 0 where there are none."""
-        node = self.graph[group.head]
+    def _summed(self, node: Node) -> list[int]:
+        """Axes, by number, that cut a layer's work but not what it makes: ranks along them make parts of the same."""
         layer, shapes = node.layer, node.input_shapes
-        work = block(layer.work_shape(*shapes), layer.work_axes(*shapes), partitions)
-        produced = np.ones(len(partitions))
-        cut: set[str] = set()
-        for n, along in zip(node.shape, layer.produces(*shapes), strict=True):
-            if along is None or not isinstance(along, Along):
-                produced *= n
-                continue
-            if along.reach is unchanged and isinstance(along.dim, int):
-                produced *= work[:, along.dim]
-            cut |= {axis for d in along.dims for axis in names(layer.work_axes(*shapes)[d])}
-        own = block(node.shape, layer.output_axes(*shapes), partitions).prod(1)
-        summed = [AXES.index(a) for _, axes in work_dims(node) for a in axes if a not in cut]
-        several = partitions[:, summed].prod(1) > 1
+        followed = {d for along in layer.produces(*shapes) if along is not None for d in along.dims}
+        axes = enumerate(layer.work_axes(*shapes))
+        return [AXES.index(a) for d, cut in axes if d not in followed for a in names(cut)]
+
+    def _partial(self, node: Node, partitions: np.ndarray) -> np.ndarray:
+        """What the exchange of partial sums takes rank 0, which has the longest block; of halves in runs nothing."""
+        summed, axes = self._summed(node), node.layer.output_axes(*node.input_shapes)
+        peers = np.array([_peers(row, summed, self.wire.per_host) for row in partitions]).reshape(-1, 2)
         itemsize = kind(self.graph, node.name).dtype(self.setting.dtype).itemsize
-        wire, passes = self.wire, 1 + (node.name in self.varied)
-        alpha, beta = wire.near_alpha, wire.near_beta
-        if self.ranks > wire.per_host:
-            alpha, beta = min(alpha, wire.far_alpha), min(beta, wire.far_beta)
-        return several * passes * (alpha + beta * np.maximum(0, produced - own) * itemsize)
+        longest = block(node.shape, axes, partitions).prod(1) * itemsize
+        shortest = block(node.shape, axes, partitions, longest=False).prod(1) * itemsize
+        # forward an owner adds up what the others made of its block, backward it reads the blocks of the others
+        peers = peers * (shortest > 0)[:, None]
+        seconds = self._messages(peers, longest)
+        return seconds + self._messages(peers, shortest) if node.name in self.varied else seconds
+
+    def _messages(self, peers: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+        """Seconds of a rank that receives so much of each peer, (n, 2) near and far."""
+        wire, (near, far) = self.wire, peers.T
+        handshakes = near > 0 if wire.copies else near
+        first = wire.near_alpha * handshakes + wire.near_beta * near * nbytes
+        return np.asarray(first + wire.far_alpha * far + wire.far_beta * far * nbytes)
 
     def _exactly(self, group: Group, row: np.ndarray) -> float:
         """Seconds of the exchange of partial sums."""
@@ -209,13 +216,28 @@ class States:
         return self.setting.parts * (moved.forward + moved.backward)
 
 
-def block(shape: Sequence[int], axes: Sequence[AxisNames], partitions: np.ndarray) -> np.ndarray:
-    """Extents (n, dims) of the longest block of a tensor, which rank 0 has."""
+def overlaps(setting: Setting, hosts: Sequence[int]) -> bool:
+    """Whether gradients are summed while backward goes on."""
+    return hosts[-1] > hosts[0] if setting.overlap is None else setting.overlap
+
+
+def block(shape: Sequence[int], axes: Sequence[AxisNames], partitions: np.ndarray, longest: bool = True) -> np.ndarray:
+    """Extents (n, dims) of the longest block of a tensor, which rank 0 has, or of the shortest."""
     found = np.tile(np.array(shape, np.int64), (len(partitions), 1))
     for d, cut in enumerate(axes):
         for axis in names(cut):
-            found[:, d] = -(-found[:, d] // partitions[:, AXES.index(axis)])
+            blocks = partitions[:, AXES.index(axis)]
+            found[:, d] = -(-found[:, d] // blocks) if longest else found[:, d] // blocks
     return found
+
+
+def _peers(row: np.ndarray, axes: Sequence[int], per_host: int) -> tuple[int, int]:
+    """(others on its host, on other hosts) that differ from rank 0 in their coordinates along these axes."""
+    offsets = np.zeros(1, np.int64)
+    for i in sorted(axes):
+        offsets = (offsets[:, None] + np.arange(row[i]) * int(row[i + 1 :].prod())).ravel()
+    near = int((offsets < per_host).sum())
+    return near - 1, len(offsets) - near
 
 
 class _Set(NamedTuple):

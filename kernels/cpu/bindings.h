@@ -22,6 +22,7 @@ constexpr const char* TAKES =
 void define_normalization(nanobind::module_& m);
 void define_engine(nanobind::module_& m);
 void define_losses(nanobind::module_& m);
+void define_planner(nanobind::module_& m);
 void define_positions(nanobind::module_& m);
 void define_shared(nanobind::module_& m);
 void define_statistics(nanobind::module_& m);

