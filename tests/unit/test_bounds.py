@@ -30,12 +30,14 @@ def test_of_few_ranks_every_bound_is_the_exact_price(name: str, seed: int) -> No
         plans = [random_plan(rng, net, ranks) for _ in range(3)]
         choices = {n.name: np.array([plan.partitions[n.name].shape for plan in plans]) for n in net}
         per_host, copies = int(rng.choice([1, 2, 3, 5, ranks])), bool(rng.random() < 0.6)
-        wire = Wire(3e-6, 2e-10, float(rng.choice([0.0,5e-8])), 7e-6, 3e-9, per_host, copies)
+        wire = Wire(3e-6, 2e-10, float(rng.choice([0.0, 5e-8])), 7e-6, 3e-9, per_host, copies)
         for edge in edges(net, plans[0]):
             node, itemsize = net[edge.consumer], edge.kind.dtype(FLOAT32).itemsize
             q = choices[node.name]
             p = q if edge.slot is None else choices[node.inputs[edge.slot]]
-            ends = Ends.partial(node) if edge.slot is None else Ends.between(net[node.inputs[edge.slot]], node, edge.slot)
+            ends = (
+                Ends.partial(node) if edge.slot is None else Ends.between(net[node.inputs[edge.slot]], node, edge.slot)
+            )
             if edge.slot is None:
                 got = np.diag(bounds.partial_bounds(node, q, edge.gradient, itemsize, wire, ranks))
             else:

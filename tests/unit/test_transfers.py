@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import numpy as np
 import pytest
 from networks import CASES, NETWORKS, network, random_plan
 
-from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
-from hpctrain.layers import Conv, Flatten
-from hpctrain.machine import Copies, Level, Machine
-from hpctrain.partition import Box, Partition, contains, extent, volume
-from hpctrain.planner.layout import Edge, Kind, edges, layout, sent_bytes
-from hpctrain.planner.plan import Plan
-from hpctrain.planner.setting import Setting
-from hpctrain.planner.transfers import Moved, Traffic, is_halo, seconds, traffic, transfer
+from hpctrain.partition import Box, contains, extent, volume
+from hpctrain.planner.layout import Edge, edges, sent_bytes
+from hpctrain.planner.transfers import Moved, Traffic, traffic, transfer
 from hpctrain.planner.wire import Wire
 from hpctrain.regions import Share
 
