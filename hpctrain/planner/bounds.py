@@ -15,8 +15,9 @@ import numpy as np
 
 from hpctrain.graph import Node
 from hpctrain.partition import AXES
+from hpctrain.planner.classes import Classes
 from hpctrain.planner.ends import Ends, parts
-from hpctrain.planner.rows import Classes, Rows, rows
+from hpctrain.planner.rows import Rows, rows
 from hpctrain.planner.sampling import Sample
 from hpctrain.planner.wire import Wire
 
@@ -169,7 +170,7 @@ def _price(problem: _Problem, prices: _Prices, i: int, j: slice) -> np.ndarray:
 
     def moved(present: np.ndarray, field: str, counts: str, same: str, t: int | None = None) -> _Moved:
         elements = peers = runs = present
-        alike = each(same, t) if prices.copies and prices.run > 0 else repeat(0.0)
+        alike = each(same, t) if sample.runs else repeat(0.0)
         numbers = each(counts) if counts else repeat(None)
         for n, number, just in zip(each(field, t), numbers, alike):  # noqa: B905 (some are endless)
             count: np.ndarray = np.asarray(n > 0 if number is None else number, np.float64)
