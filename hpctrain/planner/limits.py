@@ -14,12 +14,14 @@ from hpctrain.layers import Input
 from hpctrain.memory import mib
 from hpctrain.partition import AXES, volume
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
-from hpctrain.planner.layout import kind, layouts
+from hpctrain.planner.layout import edges, kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import segments_to_try
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.states import block
+from hpctrain.planner.transfers import traffic
+from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
 from hpctrain.regions import Along, Region
 
@@ -29,32 +31,55 @@ LOOKED_AT = 64
 PREDICTED = 3
 """Of them, how many have their memory predicted: rank 0, and those that read and write most."""
 
-AMPLE = 8
-"""Where rank 0 needs so many times less than the limit, no other rank is looked at: halos on both sides, where it has
-them on one, are not even twice as much along each of three dims."""
+AMPLE = {False: 2, True: 8}
+"""Where rank 0, messages left aside, needs so many times less than the limit, nothing else is looked at: other ranks
+read little more than it, and messages between hosts, if there are any, hold what is read and owned a few times over."""
 
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
 
 
-def needed(
-    graph: Graph, plan: Plan, setting: Setting, ranks: int, of: Sequence[int] | None = None
-) -> tuple[int, Memory]:
-    """(rank, its memory) of the rank that needs most, among those that may, or those asked for."""
-    found = predict(
+def needed(graph: Graph, plan: Plan, setting: Setting, ranks: int) -> tuple[int, Memory]:
+    """(rank, its memory) of the rank that needs most, among those that may.
+
+    On more than `LOOKED_AT` ranks messages are counted as if none of them were contiguous in its tensor.
+    """
+    ids, hosts = _greedy(graph, plan), setting.machine.layout(ranks)[: plan.ranks]
+    if plan.ranks <= LOOKED_AT:
+        return largest(_predicted(graph, plan, setting, ids, hosts))
+    found = _predicted(graph, plan, setting, ids, None)
+    messages = _messages(graph, plan, setting, ids, Wire.of(setting, ranks).per_host)
+    return largest({rank: replace(found[rank], messages=messages[rank]) for rank in ids})
+
+
+def _predicted(
+    graph: Graph, plan: Plan, setting: Setting, ids: Sequence[int], hosts: Sequence[int] | None
+) -> dict[int, Memory]:
+    """As `predict`; where `hosts` is None without messages."""
+    return predict(
         graph,
         plan,
-        _greedy(graph, plan) if of is None else of,
+        ids,
         setting.precision,
         setting.optimizer_arrays,
         setting.backend,
         setting.economy,
         setting.parts > 1,
-        setting.machine.layout(ranks)[: plan.ranks],
+        [0] * plan.ranks if hosts is None else hosts,
         setting.shard,
         setting.share_weights,
     )
-    return largest(found)
+
+
+def _messages(graph: Graph, plan: Plan, setting: Setting, ids: Sequence[int], per_host: int) -> dict[int, int]:
+    """Bytes that each of these ranks sends to and receives from other hosts, both ways."""
+    found = dict.fromkeys(ids, 0)
+    for edge in edges(graph, plan):
+        moved, itemsize = traffic(edge, per_host), edge.kind.dtype(setting.dtype).itemsize
+        both = (moved.received_far.elements + moved.sent_far.elements) * itemsize * (1 + edge.gradient)
+        for rank in ids:
+            found[rank] += int(both[rank]) if rank < len(both) else 0
+    return found
 
 
 def _greedy(graph: Graph, plan: Plan) -> list[int]:
@@ -83,9 +108,13 @@ def _volumes(region: Region, ids: np.ndarray) -> np.ndarray:
 
 def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -> bool:
     """Whether no rank needs more than `limit` bytes."""
-    if limit == inf or AMPLE * needed(graph, plan, setting, ranks, [0])[1].total <= limit:
+    if limit == inf:
         return True
-    return needed(graph, plan, setting, ranks)[1].total <= limit
+    ((_, first),) = _predicted(graph, plan, setting, [0], None).items()
+    several = plan.ranks > Wire.of(setting, ranks).per_host
+    if AMPLE[several] * first.total <= limit:
+        return True
+    return first.total <= limit and needed(graph, plan, setting, ranks)[1].total <= limit
 
 
 # --- roughly, for every partition of a group -------------------------------------------------------------------------
