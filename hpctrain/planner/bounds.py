@@ -6,7 +6,9 @@ and the slowest of these is a lower bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,10 +53,11 @@ def partial_bounds(node: Node, q: np.ndarray, gradient: bool, itemsize: int, wir
 
 
 class _Prices(NamedTuple):
-    """Seconds per near and far transfer or message, and per element; and which directions count."""
+    """Seconds per near and far transfer or message, per element, and per run; and which directions count."""
 
     near_alpha: float
     near: float
+    run: float
     far_alpha: float
     far: float
     copies: bool
@@ -64,7 +67,7 @@ class _Prices(NamedTuple):
     @classmethod
     def of(cls, wire: Wire, itemsize: int, to_wanters: bool, to_owners: bool) -> _Prices:
         near, far = wire.near_beta * itemsize, wire.far_beta * itemsize
-        return cls(wire.near_alpha, near, wire.far_alpha, far, wire.copies, to_wanters, to_owners)
+        return cls(wire.near_alpha, near, wire.run, wire.far_alpha, far, wire.copies, to_wanters, to_owners)
 
 
 class _Table(NamedTuple):
@@ -77,14 +80,13 @@ class _Table(NamedTuple):
 
 class _Problem(NamedTuple):
     """What two sets of partitions exchange, as products over `tables`; which ranks and neighbours take part, 1 or 0,
-    and what each wants in all, float64 (partitions, [neighbours,] ranks).
+    float64 (partitions, [neighbours,] ranks).
     """
 
     tables: list[_Table]
     sample: Sample
     has: np.ndarray
     wants: np.ndarray
-    wanted: np.ndarray
     has_beside: np.ndarray
     wants_beside: np.ndarray
 
@@ -93,18 +95,15 @@ def _problem(ends: Ends, p: np.ndarray, q: np.ndarray, wire: Wire, ranks: int) -
     p, q = np.asarray(p, np.int64), np.asarray(q, np.int64)
     sample = Sample.of(ranks, wire, p, q)
     looked_at, beside = sample.looked_at, sample.beside
-    tables, wants = [], (looked_at < q.prod(1)[:, None]).astype(np.float64)
-    wanted = wants
+    tables = []
     for part in parts(ends):
         have, have_class = _classes(p, part.have_axes)
         want, want_class = _classes(q, part.want_axes)
-        table = _Table(have_class, want_class, rows(part.ends, have, want, sample))
-        wanted = wanted * table.rows.wanted[want_class]
-        tables.append(table)
+        tables.append(_Table(have_class, want_class, rows(part.ends, have, want, sample)))
     others = beside < ranks if sample.summed else (beside < ranks) & (beside != looked_at)
-    has_beside, wants_beside = (others & (beside < blocks.prod(1)[:, None, None]) for blocks in (p, q))
-    has = (looked_at < p.prod(1)[:, None]).astype(np.float64)
-    return _Problem(tables, sample, has, wants, wanted, has_beside.astype(np.float64), wants_beside.astype(np.float64))
+    present = [looked_at < blocks.prod(1)[:, None] for blocks in (p, q)]
+    present += [others & (beside < blocks.prod(1)[:, None, None]) for blocks in (p, q)]
+    return _Problem(tables, sample, *(each.astype(np.float64) for each in present))
 
 
 def _classes(blocks: np.ndarray, axes: Sequence[str]) -> tuple[Classes, np.ndarray]:
@@ -132,60 +131,79 @@ def _priced(problem: _Problem, prices: _Prices, diagonal: bool = False) -> np.nd
     _native.edge_bounds(
         [table.have for table in problem.tables],
         [table.want for table in problem.tables],
-        [list(table.rows[1:]) for table in problem.tables],
+        [list(table.rows) for table in problem.tables],
         problem.has,
         problem.wants,
-        problem.wanted,
         problem.has_beside,
         problem.wants_beside,
         problem.sample.summed,
-        list(prices[:4]),
-        *prices[4:],
+        list(prices[:5]),
+        *prices[5:],
         out,
     )
     return out
 
 
+class _Moved(NamedTuple):
+    """What ranks exchange with some others in one direction: elements, with how many, in how many contiguous runs."""
+
+    elements: np.ndarray
+    peers: np.ndarray
+    runs: np.ndarray
+
+    def plus(self, more: _Moved, times: int = 1) -> _Moved:
+        return _Moved(*(mine + times * other for mine, other in zip(self, more, strict=True)))
+
+
 def _price(problem: _Problem, prices: _Prices, i: int, j: slice) -> np.ndarray:
     """Partition i of the owners with those j of who wants: what the compiled kernel does, in the same order."""
-    has, wants, sample = problem.has[i], problem.wants[j], problem.sample
+    sample = problem.sample
+    wants = problem.wants[j]
+    has = np.broadcast_to(problem.has[i], wants.shape)
 
-    def product(field: str, present: np.ndarray, neighbour: int | None = None) -> np.ndarray:
+    def each(field: str, t: int | None = None) -> Iterator[np.ndarray]:
         for table in problem.tables:
             every: np.ndarray = getattr(table.rows, field)
-            each = every if neighbour is None else every[neighbour]
-            present = present * each[table.have[i]][table.want[j]]
-        return present
+            of = every if field == "wanted" else (every if t is None else every[t])[table.have[i]]
+            yield of[table.want[j]]
 
-    both, hands = has * wants, np.broadcast_to(has, wants.shape)
-    own = product("own", both)
-    itself, copied = own > 0, own - product("kept", both)
-    received, sent = problem.wanted[j] - own, product("given", hands) - own
-    peers_in, peers_out = np.zeros((2, *own.shape))
-    if sample.counts:
-        peers_in, peers_out = product("owners", wants) - itself, product("wanters", hands) - itself
-    near_in, near_out, near_peers_in, near_peers_out = received, sent, peers_in, peers_out
+    def moved(present: np.ndarray, field: str, counts: str, same: str, t: int | None = None) -> _Moved:
+        elements = peers = runs = present
+        alike = each(same, t) if prices.copies and prices.run > 0 else repeat(0.0)
+        numbers = each(counts) if counts else repeat(None)
+        for n, number, just in zip(each(field, t), numbers, alike):  # noqa: B905 (some are endless)
+            count: np.ndarray = np.asarray(n > 0 if number is None else number, np.float64)
+            runs = runs * just + elements * (count - just)
+            elements, peers = elements * n, peers * count
+        return _Moved(elements, peers, runs)
+
+    own = moved(has * wants, "own", "", "own_same")
+    received = moved(wants, "wanted", "owners", "owners_same").plus(own, -1)
+    sent = moved(has, "given", "wanters", "wanters_same").plus(own, -1)
+    copied = own.elements - reduce(np.multiply, each("kept"), has * wants)
+    near_in, near_out = received, sent
     if sample.several:
-        near_in, near_out, near_peers_in, near_peers_out = np.zeros((4, *own.shape))
+        none = np.zeros_like(wants)
+        near_in = near_out = _Moved(none, none, none)
     for t in range(problem.has_beside.shape[1]):
-        giving, taking = problem.has_beside[i, t] * wants, problem.wants_beside[j, t] * has
-        gives, takes = product("gives", giving, t), product("takes", taking, t)
-        if sample.summed:
-            near_in, near_out = gives - own, takes - own
-            near_peers_in = product("near_owners", giving) - itself
-            near_peers_out = product("near_wanters", taking) - itself
-            continue
-        near_in, near_out = near_in + gives, near_out + takes
-        near_peers_in, near_peers_out = near_peers_in + (gives > 0), near_peers_out + (takes > 0)
-    elements = np.maximum(received - near_in, sent - near_out)
-    peers = np.maximum(peers_in - near_peers_in, peers_out - near_peers_out)
+        gives, takes = ("near_owners", "near_wanters") if sample.summed else ("", "")
+        near_in = near_in.plus(moved(problem.has_beside[i, t] * wants, "gives", gives, "gives_same", t))
+        near_out = near_out.plus(moved(has * problem.wants_beside[j, t], "takes", takes, "takes_same", t))
+    if sample.summed:
+        near_in, near_out = near_in.plus(own, -1), near_out.plus(own, -1)
+    elements = np.maximum(received.elements - near_in.elements, sent.elements - near_out.elements)
+    peers = np.maximum(received.peers - near_in.peers, sent.peers - near_out.peers)
     far = prices.far_alpha * peers + prices.far * elements
     if prices.copies:
-        once = prices.near_alpha * ((near_in > 0) | (near_out > 0))
-        forward, backward = (once + prices.near * (n + copied) + far for n in (near_in, near_out))
+        once = prices.near_alpha * ((near_in.peers > 0) | (near_out.peers > 0))
+        more = np.where(copied > 0, own.runs, 0)
+        forward, backward = (
+            once + prices.near * (near.elements + copied) + prices.run * (near.runs + more) + far
+            for near in (near_in, near_out)
+        )
     else:
-        near = prices.near_alpha * np.maximum(near_peers_in, near_peers_out)
-        forward = backward = near + prices.near * np.maximum(near_in, near_out) + far
+        messages = prices.near_alpha * np.maximum(near_in.peers, near_out.peers)
+        forward = backward = messages + prices.near * np.maximum(near_in.elements, near_out.elements) + far
     return np.asarray(prices.to_wanters * forward.max(1) + prices.to_owners * backward.max(1), np.float32)
 
 

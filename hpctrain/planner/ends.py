@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 
 def parts(ends: Ends) -> list[Part]:
-    """All dims of the tensor, and those of the work that none of them follows."""
+    """All dims of the tensor by the first of them, then those of the work that none of them follows."""
     found: list[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = []
     followed = {w for along in ends.needs if along is not None for w in along.dims}
     for d, along in enumerate(ends.needs):
@@ -65,8 +65,9 @@ def parts(ends: Ends) -> list[Part]:
         for other in [known for known in joined if set(known[0]) & set(axes)]:
             joined.remove(other)
             axes = (*other[0], *(axis for axis in axes if axis not in other[0]))
-            dims, work = (*other[1], *dims), (*other[2], *work)
+            dims, work = tuple(sorted((*other[1], *dims))), (*other[2], *work)
         joined.append((axes, dims, tuple(dict.fromkeys(work))))
+    joined.sort(key=lambda one: min(one[1], default=len(ends.shape)))
     return [_part(ends, *one) for one in joined]
 
 

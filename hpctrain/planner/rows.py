@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,17 +24,23 @@ class Rows(NamedTuple):
     Of each rank: what it `wanted` of all blocks (classes of who wants, ranks); of its `own`, what is `kept` where it
     is, and what is `given` of its block to all; with how many `owners` and `wanters` that is. `gives` and `takes`
     (neighbours, ...) are what it is given by, and taken by, each neighbour; or by its whole host together, itself
-    included, and then `near_owners` and `near_wanters` are how many of these. What the sample does not need is empty.
+    included, and then `near_owners` and `near_wanters` are how many of these. Each `_same` counts the blocks that are
+    just what is wanted. What the sample does not need is empty.
     """
 
     wanted: np.ndarray
     own: np.ndarray
+    own_same: np.ndarray
     kept: np.ndarray
-    given: np.ndarray
     owners: np.ndarray
+    owners_same: np.ndarray
+    given: np.ndarray
     wanters: np.ndarray
+    wanters_same: np.ndarray
     gives: np.ndarray
+    gives_same: np.ndarray
     takes: np.ndarray
+    takes_same: np.ndarray
     near_owners: np.ndarray
     near_wanters: np.ndarray
 
@@ -56,39 +62,49 @@ class Classes(NamedTuple):
 def rows(ends: Ends, have: Classes, want: Classes, sample: Sample) -> Rows:
     """Those of `ends`, one of ends.parts, for classes of its owners and of who wants."""
     owners, wanters = _Owners(ends, *have.arrays()), _Wanters(ends, *want.arrays())
-    ranks = sample.looked_at
-    mine, wish = owners.at(ranks), wanters.at(ranks)
-    own = _common(mine, wish)
+    mine, wish = owners.at(sample.looked_at), wanters.at(sample.looked_at)
     wanted = np.prod((wish.stops - wish.starts).sum(1), axis=0, dtype=np.float64) * wish.taking
-    given, takers = wanters.all_of(mine)
+    own, same = _common(mine, wish)
+    return Rows(
+        wanted,
+        own,
+        same,
+        _kept(mine, wish),
+        *owners.all_of(wish),
+        *wanters.all_of(mine),
+        *_near(owners, wanters, mine, wish, sample),
+    )
+
+
+def _near(owners: _Owners, wanters: _Wanters, mine: np.ndarray, wish: Wishes, sample: Sample) -> tuple[np.ndarray, ...]:
+    """`gives` and what follows in Rows."""
     none = np.zeros((0, 0, 0))
-    counts = (owners.count(wish), takers) if sample.counts else (none, none)
-    near: tuple[np.ndarray, ...] = (none[None], none[None], none, none)
     if sample.summed:
-        gives, near_owners = _over_hosts([(_common(part, wish), i) for part, i in owners.hosts(sample)], own.shape, 0)
-        takes, near_wanters = _over_hosts([(_common(mine, part), j) for part, j in wanters.hosts(sample)], own.shape, 1)
-        near = gives[None], takes[None], near_owners, near_wanters
-    elif sample.several:
-        beside = sample.beside
-        near = (
-            np.stack([_common(owners.at(ranks), wish) for ranks in beside]),
-            np.stack([_common(mine, wanters.at(ranks)) for ranks in beside]),
-            none,
-            none,
-        )
-    return Rows(wanted, own, _kept(mine, wish), given, *counts, *near)
+        shape = mine.shape[2], *wish.taking.shape
+        gives = _over_hosts([(_common(part, wish), np.s_[i]) for part, i in owners.hosts(sample)], shape)
+        takes = _over_hosts([(_common(mine, part), np.s_[:, j]) for part, j in wanters.hosts(sample)], shape)
+        return gives[0][None], gives[1][None], takes[0][None], takes[1][None], gives[2], takes[2]
+    if not sample.several:
+        return (none[None],) * 4 + (none, none)
+    given = [_common(owners.at(ranks), wish) for ranks in sample.beside]
+    taken = [_common(mine, wanters.at(ranks)) for ranks in sample.beside]
+    return (*(np.stack(each) for found in (given, taken) for each in zip(*found, strict=True)), none, none)
 
 
-def _common(mine: np.ndarray, wish: Wishes) -> np.ndarray:
-    """Elements that blocks (2, dims, classes, ranks) and wishes have in common: (classes, classes, ranks)."""
+def _common(mine: np.ndarray, wish: Wishes) -> tuple[np.ndarray, np.ndarray]:
+    """Of blocks (2, dims, classes, ranks) and wishes, the elements that they have in common, and 1 where that is all
+    that both have: (classes, classes, ranks).
+    """
     low, high = mine[:, :, :, None]
     found = np.broadcast_to(wish.taking.astype(np.float64), (mine.shape[2], *wish.taking.shape))
+    same = found
     for d in range(len(low)):
         n: np.ndarray | int = 0
         for starts, stops in zip(wish.starts[d], wish.stops[d], strict=True):
             n = n + np.maximum(0, np.minimum(high[d], stops) - np.maximum(low[d], starts))
         found = found * n
-    return np.ascontiguousarray(found)
+        same = same * ((low[d] == wish.outer[0, d]) & (high[d] == wish.outer[1, d]) & (low[d] < high[d]))
+    return np.ascontiguousarray(found), np.ascontiguousarray(same)
 
 
 def _kept(mine: np.ndarray, wish: Wishes) -> np.ndarray:
@@ -101,15 +117,17 @@ def _kept(mine: np.ndarray, wish: Wishes) -> np.ndarray:
 
 
 def _over_hosts(
-    found: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...], axis: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(elements, how many have any) summed over the coordinates of a host: each entry has those of some classes."""
-    elements, count = np.zeros((2, *shape))
-    for n, classes in found:
-        at = (classes,) if axis == 0 else (slice(None), classes)
-        elements[at] += n
-        count[at] += n > 0
-    return elements, count
+    found: Sequence[tuple[tuple[np.ndarray, np.ndarray], Any]], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(elements, blocks that are just what is wanted, how many have any) summed over the coordinates of a host, each
+    of them with the classes that have it.
+    """
+    elements, alike, count = np.zeros((3, *shape))
+    for (n, same), classes in found:
+        elements[classes] += n
+        alike[classes] += same
+        count[classes] += n > 0
+    return elements, alike, count
 
 
 # --- coordinates -----------------------------------------------------------------------------------------------------
@@ -175,28 +193,30 @@ class _Owners:
         """The blocks of the host of each rank, one after the other, and the classes that have so many."""
         return [(self._blocks_at(at, some), some) for at, some in _on_host(self._blocks, self._strides, sample)]
 
-    def count(self, wish: Wishes) -> np.ndarray:
-        """In how many blocks there is something of each wish: (classes, classes, ranks)."""
-        found = np.broadcast_to(wish.taking.astype(np.float64), (len(self._blocks), *wish.taking.shape)).copy()
+    def all_of(self, wish: Wishes) -> tuple[np.ndarray, np.ndarray]:
+        """In how many blocks there is something of each wish, and how many are just that: (classes, classes, ranks)."""
+        found = np.broadcast_to(wish.taking.astype(np.float64), (2, len(self._blocks), *wish.taking.shape)).copy()
         for d, cuts in enumerate(self._cuts):
             distinct = {id(cut): cut for cut in cuts}
-            counted = {key: _blocks_met(cut, wish.starts[d], wish.stops[d]) for key, cut in distinct.items()}
+            counted = {key: _blocks_met(cut, wish, d) for key, cut in distinct.items()}
             for i, cut in enumerate(cuts):
-                found[i] *= counted[id(cut)]
-        return found
+                found[:, i] *= counted[id(cut)]
+        return found[0], found[1]
 
 
-def _blocks_met(cut: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """How many blocks (2, coordinates) hold something of what is wanted (segments, ...)."""
+def _blocks_met(cut: np.ndarray, wish: Wishes, d: int) -> np.ndarray:
+    """How many blocks (2, coordinates) hold something of what is wanted along dim d, and how many are just that."""
     low, high = cut[:, cut[0] < cut[1]]
+    first = np.minimum(np.searchsorted(low, wish.outer[0, d]), len(low) - 1)
+    same = (low[first] == wish.outer[0, d]) & (high[first] == wish.outer[1, d])
+    starts, stops = wish.starts[d], wish.stops[d]
     if len(starts) == 1:
-        first = np.searchsorted(high, starts[0], "right")
-        last = np.searchsorted(low, stops[0], "left")
-        return np.where(starts[0] < stops[0], last - first, 0)
+        met = np.searchsorted(low, stops[0]) - np.searchsorted(high, starts[0], "right")
+        return np.stack([np.where(starts[0] < stops[0], met, 0), same])
     meets = np.zeros((*starts.shape[1:], len(low)), bool)
     for start, stop in zip(starts, stops, strict=True):
         meets |= np.minimum(high, stop[..., None]) > np.maximum(low, start[..., None])
-    return meets.sum(-1)
+    return np.stack([meets.sum(-1), same])
 
 
 def _row_major(coordinates: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -270,36 +290,44 @@ class _Wanters:
         """What the ranks of each rank's host want, one after the other, and the classes that have so many."""
         return [(self._wishes_at(at, some), some) for at, some in _on_host(self._blocks, self._strides, sample)]
 
-    def all_of(self, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each block (2, dims, classes, ranks), what all take together, and how many: (classes, classes, ranks)."""
+    def all_of(self, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each block (2, dims, classes, ranks), what all take together, how many these are, and how many want just
+        that: (classes, classes, ranks).
+        """
         distinct = {id(cut): cut for cut in self._cuts}
-        found = {key: _taken(cut, mine, self._n) for key, cut in distinct.items()}
-        elements, count = np.zeros((2, mine.shape[2], len(self._cuts), mine.shape[3]))
+        taken = {key: _taken(cut, mine, self._n) for key, cut in distinct.items()}
+        found = np.zeros((3, mine.shape[2], len(self._cuts), mine.shape[3]))
         for j, cut in enumerate(self._cuts):
-            elements[:, j], count[:, j] = found[id(cut)]
-        return elements, count
+            found[:, :, j] = taken[id(cut)]
+        return found[0], found[1], found[2]
 
 
-def _taken(cut: Wishes, mine: np.ndarray, n: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each block (2, dims, ...), what all coordinates of a cut want of it, and at how many something is."""
+def _taken(cut: Wishes, mine: np.ndarray, n: tuple[int, ...]) -> np.ndarray:
+    """Of each block (2, dims, ...), what all coordinates of a cut want of it, at how many something is wanted, and at
+    how many just the block: (3, ...).
+    """
     low, high = mine
     if len(n) == 0:
-        count = np.full(mine.shape[2:], cut.taking.sum())
-        return count, count
+        return np.full((3, *mine.shape[2:]), cut.taking.sum())
     if len(n) == 1 and cut.starts.shape[1] == 1:
         covered, begun, ended = _prefixes(cut, n[0])
         count = np.where(low[0] < high[0], begun[high[0]] - ended[low[0]], 0)
-        return covered[high[0]] - covered[low[0]], count
+        return np.stack([covered[high[0]] - covered[low[0]], count, _equal(cut, low[0], high[0])])
     boxes = mine.reshape(2 * len(n), -1)
     boxes, which = np.unique(boxes, axis=1, return_inverse=True)  # many ranks, few different blocks
-    both = _common(boxes.reshape(2, len(n), -1, 1), cut_as_classes(cut))[:, :, 0]
-    shape = mine.shape[2:]
-    return both.sum(1)[which].reshape(shape), (both > 0).sum(1)[which].reshape(shape)
+    classes = Wishes(*(part[..., None] for part in cut))
+    both, same = (found[..., 0] for found in _common(boxes.reshape(2, len(n), -1, 1), classes))
+    found = np.stack([both.sum(1), (both > 0).sum(1), same.sum(1)])
+    return found[:, which.ravel()].reshape(3, *mine.shape[2:])
 
 
-def cut_as_classes(cut: Wishes) -> Wishes:
-    """The coordinates of a cut as classes of one rank."""
-    return Wishes(*(part[..., None] for part in cut))
+def _equal(cut: Wishes, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Of one dim: how many coordinates want just the interval [low, high)."""
+    first, last = cut.outer[:, 0][:, cut.taking > 0].astype(np.int64)
+    wide = 2**31
+    known = np.sort(first * wide + last)
+    key = low.astype(np.int64) * wide + high
+    return np.where(low < high, np.searchsorted(known, key, "right") - np.searchsorted(known, key), 0)
 
 
 def _prefixes(cut: Wishes, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,24 +16,25 @@ PAIRS = 256
 """Of many ranks, and neighbours of each, so many pairs are looked at."""
 
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples are spread evenly, however many there are."""
+
+
 class Sample(NamedTuple):
     """The ranks to look at among `ranks` on hosts of `per_host`.
 
-    `counts` says whether it matters with how many a rank exchanges. `summed`: a host's ranks have coordinates whose
-    product they are, so that what they have together is a product, too.
+    `summed`: the ranks of each host are a block of coordinates, so that what they have together is a product, too.
     """
 
     ranks: int
     per_host: int
-    counts: bool
     summed: bool
 
     @classmethod
     def of(cls, ranks: int, wire: Wire, *partitions: np.ndarray) -> Sample:
         """That for the price of edges between `partitions` (any, 6)."""
         several = ranks > wire.per_host
-        summed = several and all(_aligned(blocks, wire.per_host) for blocks in partitions)
-        return cls(ranks, wire.per_host, several or not wire.copies, summed)
+        return cls(ranks, wire.per_host, several and all(_aligned(blocks, wire.per_host) for blocks in partitions))
 
     @property
     def several(self) -> bool:
@@ -42,9 +43,10 @@ class Sample(NamedTuple):
 
     @property
     def looked_at(self) -> np.ndarray:
-        """The ranks: all, or of many the first and last, those a power of two from these, and two amid all axes.
+        """The ranks: all, or of many the first and last, two amid all axes, those a power of two from the ends, and
+        others spread over all of them.
 
-        The last have neighbours on both sides along every axis of four blocks or more, where blocks are powers of two.
+        Those amid have neighbours on both sides along each axis of four blocks or more, where these are powers of two.
         """
         return _looked_at(self)
 
@@ -61,11 +63,12 @@ def _looked_at(sample: Sample) -> np.ndarray:
     n = sample.ranks
     if n <= ALL:
         return np.arange(n)
-    amid = [0, n // 3, n - 1, 2 * n // 3]
-    powers = [1 << k for k in range((n - 1).bit_length() - 1, -1, -1)]
-    found = list(dict.fromkeys([*amid, *(rank for power in powers for rank in (power, n - 1 - power))]))
-    most = ALL if sample.summed or not sample.several else max(len(amid), PAIRS // sample.per_host)
-    return np.array(sorted(found[: min(ALL, most)]))
+    most = ALL if sample.summed or not sample.several else max(4, PAIRS // sample.per_host)
+    found = [0, n // 3, n - 1, 2 * n // 3]
+    for power in (1 << k for k in range((n - 1).bit_length() - 1, -1, -1)):
+        found += [power, n - 1 - power]
+    found += [int(n * (GOLDEN * k % 1)) for k in range(1, 2 * ALL)]
+    return np.array(sorted(list(dict.fromkeys(found))[: min(ALL, most)]))
 
 
 def _aligned(blocks: np.ndarray, per_host: int) -> bool:

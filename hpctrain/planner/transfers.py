@@ -98,9 +98,9 @@ def is_halo(edge: Edge) -> bool:
 def traffic(edge: Edge, per_host: int) -> Traffic:
     """What every rank moves, where each host has so many consecutive ranks."""
     ends = _Ends.of(edge)
-    own = ends.own()
+    own = ends.own(ends.have.groups)
     received = ends.received() - own
-    sent = ends.sent() - own
+    sent = ends.sent() - ends.own(ends.want.groups)
     copied = own.elements - ends.kept()
     near = ends.near(per_host) if len(ends.ranks) > per_host else (received, sent)
     own_runs = np.where(copied > 0, own.runs, 0)
@@ -138,10 +138,11 @@ class _Ends(NamedTuple):
         dims = [Overlaps.of(*cuts) for cuts in zip(edge.have.cuts, edge.want.cuts, strict=True)]
         return cls(ranks, dims, _End.of(edge.have, ranks), _End.of(edge.want, ranks))
 
-    def own(self) -> Moved:
-        """What each rank wants of its own block."""
-        both = self.have.present & self.want.present
-        return _moved([_meeting(*at) for at in self._places()], both)
+    def own(self, groups: Sequence[Group]) -> Moved:
+        """What each rank wants of its own block, runs counted by `groups`."""
+        each = [_meeting(*at) for at in self._places()]
+        found = [_joined([each[d] for d in group.dims]) for group in groups]
+        return _moved(found, self.have.present & self.want.present)
 
     def mine(self) -> np.ndarray:
         """Elements of each rank's block."""
@@ -168,20 +169,29 @@ class _Ends(NamedTuple):
 
     def near(self, per_host: int) -> tuple[Moved, Moved]:
         """(received, sent) between each rank and the others of its host: all pairs of each host."""
-        hosts = -(-len(self.ranks) // per_host)
+        count = len(self.ranks)
+        hosts = -(-count // per_host)
 
         def by_host(found: np.ndarray) -> np.ndarray:
             padded = np.zeros(hosts * per_host, found.dtype)
-            padded[: len(found)] = found
+            padded[:count] = found
             return padded.reshape(hosts, per_host)
 
-        present = by_host(self.want.present)[:, :, None] & by_host(self.have.present)[:, None, :]
-        present &= ~np.eye(per_host, dtype=bool)
-        places = ((dim, by_host(b)[:, None, :], by_host(c)[:, :, None]) for dim, b, c in self._places())
-        pairs = _moved([_meeting(*at) for at in places], present)  # (host, who wants, who has)
-        received, sent = (Moved(*(n.sum(axis=d).ravel()[: len(self.ranks)] for n in pairs)) for d in (2, 1))
-        return received, sent
+        has, wants = by_host(self.have.present), by_host(self.want.present)
+        places = [(dim, by_host(b), by_host(c)) for dim, b, c in self._places()]
+        others = ~np.eye(per_host, dtype=bool)
+        received, sent = np.zeros((2, 3, hosts, per_host), np.int64)
+        step = max(1, IN_CACHE // per_host**2)
+        for some in (slice(start, start + step) for start in range(0, hosts, step)):
+            present = wants[some, :, None] & has[some, None, :] & others
+            factors = [_meeting(dim, b[some, None, :], c[some, :, None]) for dim, b, c in places]
+            for i, pairs in enumerate(_moved(factors, present)):  # (host, who wants, who has)
+                received[i, some], sent[i, some] = pairs.sum(axis=2), pairs.sum(axis=1)
+        return Moved(*received.reshape(3, -1)[:, :count]), Moved(*sent.reshape(3, -1)[:, :count])
 
+
+IN_CACHE = 2**15
+"""Pairs of ranks whose numbers stay in the cache of a core."""
 
 Factors = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Along one dim: elements in common, and for how many others there are any, and these are all that both have."""
@@ -192,6 +202,14 @@ def _meeting(dim: Overlaps, b: np.ndarray, c: np.ndarray) -> Factors:
     n = dim.elements(b, c)
     meets = n > 0
     return n, meets.astype(np.int64), (meets & dim.same(b, c)).astype(np.int64)
+
+
+def _joined(factors: Sequence[Factors]) -> Factors:
+    """Of several dims taken as one."""
+    n = meets = same = np.ones((), np.int64)
+    for more in factors:
+        n, meets, same = n * more[0], meets * more[1], same * more[2]
+    return n, meets, same
 
 
 def _moved(factors: Sequence[Factors], present: np.ndarray) -> Moved:
@@ -222,14 +240,11 @@ def _summed(dims: Sequence[Overlaps], group: Group, index: Sequence[np.ndarray],
         return _summed_pairs(dims[group.dims[0]], group.taking, index[group.dims[0]], owners)
     mine = np.stack([index[d] for d in group.dims])
     distinct, which = np.unique(mine, axis=1, return_inverse=True)
-    total = np.zeros((3, distinct.shape[1]), np.int64)
-    found: list[np.ndarray] = [group.taking.astype(np.int64)] * 3
+    found = []
     for d, at, place in zip(group.dims, distinct, group.places, strict=True):
         b, c = (place, at[:, None]) if owners else (at[:, None], place)
-        found = [many * one for many, one in zip(found, _meeting(dims[d], b, c), strict=True)]
-    for row, many in zip(total, found, strict=True):
-        row[:] = np.broadcast_to(many, (distinct.shape[1], len(group.taking))).sum(axis=1)
-    n, meets, same = total[:, which.ravel()]
+        found.append(_meeting(dims[d], b, c))
+    n, meets, same = ((many @ group.taking.astype(np.int64))[which.ravel()] for many in _joined(found))
     return n, meets, same
 
 

@@ -28,16 +28,6 @@ struct Pair {
     }
 };
 
-// out = a * b * the rows of `field` of all groups
-HPCTRAIN_INLINE void product(const Pair& pair, const double* EdgeDims::* field, Index neighbour, const double* a,
-                             const double* b, double* out) {
-    for (Index r = 0; r < pair.ranks; ++r) out[r] = a[r] * b[r];
-    for (const EdgeDims& group : pair.dims) {
-        const double* row = pair.row(group, group.*field, neighbour);
-        for (Index r = 0; r < pair.ranks; ++r) out[r] *= row[r];
-    }
-}
-
 HPCTRAIN_INLINE double larger(double a, double b) { return a > b ? a : b; }
 
 // Of n >= 1 numbers, none below 0.
@@ -51,37 +41,89 @@ HPCTRAIN_INLINE double largest(Index n, const double* x) {
     return found;
 }
 
-// What ranks get from others (in) and hand to them (out), on their host and in all: elements and with how many.
+// What ranks exchange with some others in one direction: elements, with how many, in how many contiguous runs.
 struct Moved {
-    Row in, out, in_peers, out_peers;
+    Row elements, peers, runs;
 };
 
-HPCTRAIN_INLINE void near_of(const EdgeRanks& all, const Pair& pair, const double* own, Moved& near) {
+// Which rows tell these; `counts` are 1 where there is something, where they are null.
+struct Fields {
+    const double* EdgeDims::* elements;
+    const double* EdgeDims::* counts;
+    const double* EdgeDims::* same;
+    Index neighbour = 0;
+};
+
+// out = a * b * the rows of `field` of all groups
+HPCTRAIN_INLINE void product(const Pair& pair, const double* EdgeDims::* field, const double* a, const double* b,
+                             double* out) {
+    for (Index r = 0; r < pair.ranks; ++r) out[r] = a[r] * b[r];
+    for (const EdgeDims& group : pair.dims) {
+        const double* row = pair.row(group, group.*field, 0);
+        for (Index r = 0; r < pair.ranks; ++r) out[r] *= row[r];
+    }
+}
+
+// The same for all three. Groups are in the order of dims, the outermost first: one that both ends have in full goes on
+// with the runs of the dims within it, one that is cut begins new ones.
+template <bool COUNTS>
+HPCTRAIN_INLINE void move(const Pair& pair, const Fields& fields, const double* a, const double* b, bool runs,
+                          Moved& out) {
+    const Index n = pair.ranks;
+    for (Index r = 0; r < n; ++r) out.elements[r] = out.peers[r] = out.runs[r] = a[r] * b[r];
+    for (const EdgeDims& group : pair.dims) {
+        const bool shared = fields.elements == &EdgeDims::wanted;
+        const double* elements =
+            shared ? group.wanted + group.want[pair.j] * n : pair.row(group, group.*fields.elements, fields.neighbour);
+        const double* counts = COUNTS ? pair.row(group, group.*fields.counts, fields.neighbour) : nullptr;
+        if (runs) {
+            const double* same = pair.row(group, group.*fields.same, fields.neighbour);
+            for (Index r = 0; r < n; ++r) {
+                const double count = COUNTS ? counts[r] : elements[r] > 0 ? 1.0 : 0.0;
+                out.runs[r] = out.runs[r] * same[r] + out.elements[r] * (count - same[r]);
+            }
+        }
+        for (Index r = 0; r < n; ++r) {
+            const double count = COUNTS ? counts[r] : elements[r] > 0 ? 1.0 : 0.0;
+            out.elements[r] *= elements[r], out.peers[r] *= count;
+        }
+    }
+}
+
+HPCTRAIN_INLINE void subtract(Index n, const Moved& less, Moved& from) {
+    for (Index r = 0; r < n; ++r) {
+        from.elements[r] -= less.elements[r], from.peers[r] -= less.peers[r], from.runs[r] -= less.runs[r];
+    }
+}
+
+HPCTRAIN_INLINE void add(Index n, const Moved& more, Moved& to) {
+    for (Index r = 0; r < n; ++r) {
+        to.elements[r] += more.elements[r], to.peers[r] += more.peers[r], to.runs[r] += more.runs[r];
+    }
+}
+
+// What ranks receive from the others of their host, and hand to them.
+HPCTRAIN_INLINE void near_of(const EdgeRanks& all, const Pair& pair, const Moved& own, bool runs, Moved& in,
+                             Moved& out) {
     const Index n = pair.ranks;
     const double *has = all.has + pair.i * n, *wants = all.wants + pair.j * n;
     const double *has_beside = all.has_beside + pair.i * all.neighbours * n,
                  *wants_beside = all.wants_beside + pair.j * all.neighbours * n;
     if (all.summed) {
-        product(pair, &EdgeDims::gives, 0, has_beside, wants, near.in);
-        product(pair, &EdgeDims::takes, 0, has, wants_beside, near.out);
-        product(pair, &EdgeDims::near_owners, 0, has_beside, wants, near.in_peers);
-        product(pair, &EdgeDims::near_wanters, 0, has, wants_beside, near.out_peers);
-        for (Index r = 0; r < n; ++r) {
-            const double itself = own[r] > 0 ? 1 : 0;
-            near.in[r] -= own[r], near.out[r] -= own[r];
-            near.in_peers[r] -= itself, near.out_peers[r] -= itself;
-        }
+        move<true>(pair, {&EdgeDims::gives, &EdgeDims::near_owners, &EdgeDims::gives_same}, has_beside, wants, runs,
+                   in);
+        move<true>(pair, {&EdgeDims::takes, &EdgeDims::near_wanters, &EdgeDims::takes_same}, has, wants_beside, runs,
+                   out);
+        subtract(n, own, in), subtract(n, own, out);
         return;
     }
-    for (Index r = 0; r < n; ++r) near.in[r] = near.out[r] = near.in_peers[r] = near.out_peers[r] = 0;
+    in = {}, out = {};
     for (Index t = 0; t < all.neighbours; ++t) {
-        Row gives, takes;
-        product(pair, &EdgeDims::gives, t, has_beside + t * n, wants, gives);
-        product(pair, &EdgeDims::takes, t, has, wants_beside + t * n, takes);
-        for (Index r = 0; r < n; ++r) {
-            near.in[r] += gives[r], near.out[r] += takes[r];
-            near.in_peers[r] += gives[r] > 0 ? 1 : 0, near.out_peers[r] += takes[r] > 0 ? 1 : 0;
-        }
+        Moved each;
+        move<false>(pair, {&EdgeDims::gives, nullptr, &EdgeDims::gives_same, t}, has_beside + t * n, wants, runs, each);
+        add(n, each, in);
+        move<false>(pair, {&EdgeDims::takes, nullptr, &EdgeDims::takes_same, t}, has, wants_beside + t * n, runs, each);
+        add(n, each, out);
     }
 }
 
@@ -89,43 +131,35 @@ HPCTRAIN_CLONES float price(const EdgeRanks& all, const std::vector<EdgeDims>& d
                             Index j) {
     const Index n = all.ranks;
     const Pair pair = {dims, i, j, n};
-    const double *has = all.has + i * n, *wants = all.wants + j * n, *wanted = all.wanted + j * n;
-    const bool several = all.neighbours > 0;
-    Row own, copied, ones;
-    Moved total, near;
+    const double *has = all.has + i * n, *wants = all.wants + j * n;
+    const bool several = all.neighbours > 0, runs = prices.copies && prices.run > 0;
+    Row copied, ones;
+    Moved own, in, out, near_in, near_out;
     for (Index r = 0; r < n; ++r) ones[r] = 1;
-    product(pair, &EdgeDims::own, 0, has, wants, own);
-    product(pair, &EdgeDims::kept, 0, has, wants, copied);
-    product(pair, &EdgeDims::given, 0, has, ones, total.out);
-    for (Index r = 0; r < n; ++r) {
-        copied[r] = own[r] - copied[r];
-        total.in[r] = wanted[r] - own[r];
-        total.out[r] -= own[r];
-        total.in_peers[r] = total.out_peers[r] = 0;
-    }
-    if (several || !prices.copies) {
-        product(pair, &EdgeDims::owners, 0, wants, ones, total.in_peers);
-        product(pair, &EdgeDims::wanters, 0, has, ones, total.out_peers);
-        for (Index r = 0; r < n; ++r) {
-            const double itself = own[r] > 0 ? 1 : 0;
-            total.in_peers[r] -= itself, total.out_peers[r] -= itself;
-        }
-    }
-    if (several) near_of(all, pair, own, near);
-    const Moved& beside = several ? near : total;
+    move<false>(pair, {&EdgeDims::own, nullptr, &EdgeDims::own_same}, has, wants, runs, own);
+    move<true>(pair, {&EdgeDims::wanted, &EdgeDims::owners, &EdgeDims::owners_same}, wants, ones, runs, in);
+    move<true>(pair, {&EdgeDims::given, &EdgeDims::wanters, &EdgeDims::wanters_same}, has, ones, runs, out);
+    product(pair, &EdgeDims::kept, has, wants, copied);
+    for (Index r = 0; r < n; ++r) copied[r] = own.elements[r] - copied[r];
+    subtract(n, own, in), subtract(n, own, out);
+    if (several) near_of(all, pair, own, runs, near_in, near_out);
+    const Moved &beside_in = several ? near_in : in, &beside_out = several ? near_out : out;
     Row forward, backward;
     for (Index r = 0; r < n; ++r) {
-        const double elements = larger(total.in[r] - beside.in[r], total.out[r] - beside.out[r]);
-        const double peers =
-            larger(total.in_peers[r] - beside.in_peers[r], total.out_peers[r] - beside.out_peers[r]);
+        const double elements =
+            larger(in.elements[r] - beside_in.elements[r], out.elements[r] - beside_out.elements[r]);
+        const double peers = larger(in.peers[r] - beside_in.peers[r], out.peers[r] - beside_out.peers[r]);
         const double far = prices.far_alpha * peers + prices.far * elements;
         if (prices.copies) {
-            const double once = beside.in[r] > 0 || beside.out[r] > 0 ? prices.near_alpha : 0;
-            forward[r] = once + prices.near * (beside.in[r] + copied[r]) + far;
-            backward[r] = once + prices.near * (beside.out[r] + copied[r]) + far;
+            const double once = beside_in.peers[r] > 0 || beside_out.peers[r] > 0 ? prices.near_alpha : 0;
+            const double more = runs && copied[r] > 0 ? own.runs[r] : 0;
+            const double in_runs = runs ? beside_in.runs[r] : 0, out_runs = runs ? beside_out.runs[r] : 0;
+            forward[r] = once + prices.near * (beside_in.elements[r] + copied[r]) + prices.run * (in_runs + more) + far;
+            backward[r] =
+                once + prices.near * (beside_out.elements[r] + copied[r]) + prices.run * (out_runs + more) + far;
         } else {
-            forward[r] = backward[r] = prices.near_alpha * larger(beside.in_peers[r], beside.out_peers[r]) +
-                                       prices.near * larger(beside.in[r], beside.out[r]) + far;
+            forward[r] = backward[r] = prices.near_alpha * larger(beside_in.peers[r], beside_out.peers[r]) +
+                                       prices.near * larger(beside_in.elements[r], beside_out.elements[r]) + far;
         }
     }
     return float((prices.to_wanters ? largest(n, forward) : 0) + (prices.to_owners ? largest(n, backward) : 0));
