@@ -151,7 +151,7 @@ class _Network:
 
     def _rehearse(self, rehearsals: Sequence[Rehearsal]) -> None:
         for rehearsal in rehearsals:
-            self.times.add(rehearsal, layers.slowest(self.world.comm, rehearsal.run()))
+            self.times.add(rehearsal, np.array(self.world.comm.allgather(rehearsal.run())))
             self.update.append(rehearsal.update)
 
     def _machine(self) -> Machine:

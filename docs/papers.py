@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from hpctrain.planner import paper
 from hpctrain.planner.cost import price
 from hpctrain.planner.layout import edges, layouts, sent_bytes
 from hpctrain.planner.plan import Plan, extents, uniform
+from hpctrain.planner.search import Found, search
 from hpctrain.planner.setting import Setting
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,7 @@ class Example(NamedTuple):
     samples: int
 
 
+@lru_cache
 def example(name: str, *overrides: str) -> Example:
     """The example of that name with these overrides."""
     config = config_file.load(ROOT / "examples" / "papers" / f"{name}.toml", overrides)
@@ -257,6 +260,76 @@ def volumes() -> str:
     return table(head, rows)
 
 
+VGG = {
+    "blocks 1 to 4": (r"(conv|pool)[1-4]", "batch=4"),
+    "block 5": (r"(conv|pool)5", "height=2 x width=2"),
+    "fc1": ("fc1", "channel=4"),
+    "fc2": ("fc2", "channel=4"),
+    "fc3": ("fc3", "channel=2"),
+    "softmax": ("loss", "1 rank"),
+}
+"""{part of VGG-16: (names of its layers, its configuration on 4 GPUs in table 5)}"""
+
+
+def vgg() -> Example:
+    """VGG-16 on one node."""
+    return example("vgg16-p100")
+
+
+def as_published(graph: Graph) -> Plan:
+    """Table 5 of the paper as a plan; what stands between the layers that it names is cut as what is before."""
+    partitions, now = {}, Partition(batch=4)
+    published = {"height=2 x width=2": Partition(height=2, width=2), "1 rank": Partition()}
+    for node in graph:
+        for pattern, said in VGG.values():
+            if re.match(pattern, node.name):
+                now = published.get(said) or Partition.of({a: int(n) for a, n in [said.split("=")]})
+        able = extents(node)
+        partitions[node.name] = now if all(axis in able for axis in now.parts()) else Partition(batch=4)
+    return Plan(partitions)
+
+
+@lru_cache
+def found_plan(gpus: int) -> Found:
+    """What the search chooses for VGG-16 on so many GPUs."""
+    found = example("vgg16-p100", f"train.batch={32 * gpus}")
+    return search(found.graph, Setting.of(found.config, found.machine), gpus)
+
+
+def pattern() -> str:
+    """Of the partitions of VGG-16."""
+    rows = []
+    for part, (names, published) in VGG.items():
+        ours = []
+        for gpus in (4, 16):
+            cuts = {str(p): None for name, p in found_plan(gpus).plan.partitions.items() if re.match(names, name)}
+            ours.append(", then ".join(cuts))
+        rows.append((part, published, *ours))
+    return table(("VGG-16", "paper, 4 GPUs", "here, 4 GPUs", "here, 16 GPUs"), rows)
+
+
+def plans() -> str:
+    """What plans for VGG-16 on 4 GPUs take by our model."""
+    found = vgg()
+    setting, graph = Setting.of(found.config, found.machine), found.graph
+    priced = {
+        "found": found_plan(4).plan,
+        "one weird trick": one_weird_trick(graph, 4),
+        "table 5 of the paper": as_published(graph),
+        "data parallelism": uniform(graph, Partition(batch=4)),
+        "model parallelism": uniform(graph, Partition(channel=4)),
+    }
+    measured = {"found": 727, "one weird trick": 700, "data parallelism": 632, "model parallelism": 502}
+    rows = []
+    for name, plan in priced.items():
+        cost = price(graph, plan, setting)
+        phases = (cost.compute, cost.halo + cost.redistribution, cost.allreduce, cost.seconds)
+        rows.append((name, *(f"{1e3 * seconds:.1f}" for seconds in phases)))
+        rows[-1] += (f"{128 / cost.seconds:.0f}", measured.get(name, ""))
+    head = ("computing, ms", "exchanges, ms", "sums, ms", "step, ms", "images/s, here", "images/s, paper")
+    return table(("plan for 4 GPUs", *head), rows)
+
+
 # --- arXiv 1811.01532 ------------------------------------------------------------------------------------------------
 
 WAP = {
@@ -293,6 +366,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ups of figure 6": lambda: speedups(SPEEDUPS_6, "same"),
     "activations": activations,
     "volumes": volumes,
+    "pattern": pattern,
+    "plans": plans,
     "gpus": gpus,
 }
 """{what docs/papers.md calls a table: what makes it}"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from msgspec import structs
@@ -59,31 +60,34 @@ class Basis:
 
     def forecast(self, plan: Plan, ranks: int) -> Forecast:
         """What a step takes by `plan` on so many ranks."""
-        return Forecast.of(price(self.task.graph, plan, self.task.setting, ranks), self.source, self.guess)
+        cost = price(self.task.graph, plan, self.task.setting, ranks)
+        return Forecast.of(cost, self.task.machine, self.source, self.guess)
 
 
 def basis(world: World, config: Config, data: Dataset, graph: Graph, around: Surroundings) -> Basis | None:
     """By the machine that plan.machine names, or this one as it was calibrated; else by a guess. None but on rank 0.
 
     `config` and `around` are those of one replica. Ranks lie on hosts as they do in this run, whatever the machine's
-    file says, and share their hosts' memory equally. Collective; raises ConfigError, on all ranks, where the file is
-    damaged, or plan.machine names none.
+    file says, and share equally in what memory is free there. Collective; raises ConfigError, on all ranks, where the
+    file is damaged, or plan.machine names none.
     """
     fullest, found = max(world.comm.allgather(world.node_size)), None
     with all_ranks(world.comm):
         if world.rank == 0:
             chosen = _chosen(config, world.threads)
             placed = _placed(_of_library(chosen.machine, world.library), around.hosts)
-            task = Task(config, data, graph, replace(chosen, machine=placed), around.room / fullest)
+            limit = min(around.room / fullest, placed.memory or inf)
+            task = Task(config, data, graph, replace(chosen, machine=placed), limit)
             found = Basis(task, chosen.name == GUESSED)
     return found
 
 
 def _chosen(config: Config, threads: int) -> Chosen:
-    if config.plan.machine is not None:
-        return planning.choose_machine(config)
-    known = machine.load(machine.default_path()) or Machine()
     each = structs.replace(GUESS, flops=GUESS.flops * threads, bandwidth=GUESS.bandwidth * threads)
+    if config.plan.machine is not None:
+        chosen = planning.choose_machine(config)
+        return replace(chosen, machine=structs.replace(chosen.machine, compute=chosen.machine.compute or each))
+    known = machine.load(machine.default_path()) or Machine()
     name = "this machine" if known.compute or known.kernels else GUESSED
     copies = known.copies or Copies(choose.NODE.alpha, choose.NODE.beta)
     return Chosen(structs.replace(known, compute=known.compute or each, copies=copies), name, True)

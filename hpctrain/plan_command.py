@@ -17,7 +17,8 @@ from hpctrain.errors import ConfigError, LaunchError, PlanError
 from hpctrain.memory import mib
 from hpctrain.plan_arguments import Options
 from hpctrain.planner import paper, scaling, trace
-from hpctrain.planner.baselines import baselines, grids
+from hpctrain.planner.baselines import baselines, by_hand, grids
+from hpctrain.planner.cost import price
 from hpctrain.planner.scaling import Scaling, Step
 from hpctrain.planner.search import Found
 from hpctrain.planner.seconds import PlanCost
@@ -27,8 +28,11 @@ from hpctrain.report import layers, plot, totals
 from hpctrain.report import scaling as scalings
 from hpctrain.request import RunRequest
 
-COMPARED = ("data", "best uniform grid")
+COMPARED = ("data", "domain")
 """The baselines that a sweep shows."""
+
+PATIENCE = 3
+"""After how many numbers of ranks in a row that are slower than the fastest no larger one is tried, without --sweep."""
 
 Records = list[dict[str, Any]]
 
@@ -43,7 +47,7 @@ def run(request: RunRequest, options: Options) -> int:
     if options.plot is not None:
         plot.require(options.plot)
     config = request.load()
-    task = planning.task(config, options.machine, options.memory)
+    task = planning.task(config, options.machine, options.memory, str(request.path))
     print(wrapped(f"{_what(task)}; {task.chosen}"))
     records = list_grids(task, options) if options.grids else Planning(task, options, request).run()
     if options.json:
@@ -75,7 +79,8 @@ def list_grids(task: Task, options: Options) -> Records:
     ranks, epoch = options.ranks or 1, options.per == "epoch"
     if options.accounting == "paper":
         steps = task.data.samples / task.batch if epoch else 1.0
-        found = paper.grids(task.graph, task.machine, ranks, paper.conv_by(task.setting.only))
+        by, overlap = paper.conv_by(task.setting.only), task.setting.overlap is True
+        found = paper.grids(task.graph, task.machine, ranks, by, overlap)
         records = [totals.paper_record(record.times(steps)) for record in found]
     else:
         whole = task.steps if epoch else 1
@@ -136,10 +141,13 @@ class Planning:
         with Console(0).progress(len(tried), "planning") as bar:
 
             def step(ranks: int) -> Step:
-                bar.advance(text=f"{ranks} ranks")
-                return _step(self._search(ranks).cost)
+                try:
+                    return _step(self._search(ranks).cost)
+                finally:
+                    bar.advance(text=f"{ranks} ranks")
 
-            return scaling.how_many(step, tried, task.batch, objective, task.machine)
+            patience = None if self.options.sweep else PATIENCE
+            return scaling.how_many(step, tried, task.batch, objective, task.machine, patience=patience)
 
     def _most(self) -> int:
         most = self.task.chosen.most_ranks
@@ -154,12 +162,13 @@ class Planning:
         """{baseline: {ranks: seconds of a step}}, where the options show it."""
         if self.options.sweep is None and self.options.plot is None:
             return {}
-        found: dict[str, dict[int, float]] = {name: {} for name in COMPARED}
-        for point in scaled.points:
-            priced = baselines(self.task.graph, self.task.setting, point.ranks)
-            for name, taken in found.items():
-                if not isinstance(other := priced[name], str):
-                    taken[point.ranks] = other[1].seconds
+        task, found = self.task, dict[str, dict[int, float]]()
+        for name in COMPARED:
+            found[name] = {}
+            for ranks in (point.ranks for point in scaled.points):
+                plan = by_hand(task.graph, task.setting, ranks)[name]
+                if not isinstance(plan, str):
+                    found[name][ranks] = price(task.graph, plan, task.setting, ranks).seconds
         return found
 
     def _plan(self, ranks: int, why: str) -> Records:
@@ -179,7 +188,8 @@ class Planning:
         for line in _spent(task, ranks, cost):
             _say(line)
         _say(totals.shares(cost, sources))
-        _say(f"memory of a rank: {need}{f', of {mib(int(task.memory_limit))}' if task.memory_limit else ''}")
+        limit = task.limit(ranks)
+        _say(f"memory of a rank: {need}{f', of {mib(int(limit))}' if limit else ''}")
         _say(_proof(found))
         for note in (*found.notes, *plan.notes):
             _say(note)

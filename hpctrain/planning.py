@@ -12,8 +12,9 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
 from hpctrain.machine import Machine
+from hpctrain.memory import host_room
 from hpctrain.partition import Partition, extent
-from hpctrain.planner import memory
+from hpctrain.planner import limits, memory
 from hpctrain.planner.compute import Pricer
 from hpctrain.planner.cost import at_once
 from hpctrain.planner.layout import layouts
@@ -23,9 +24,6 @@ from hpctrain.planner.schedule import schedule
 from hpctrain.planner.search import Found, search
 from hpctrain.planner.setting import Setting
 from hpctrain.prepare import Described
-
-AMONG = 64
-"""Ranks of which the memory is counted exactly: the first ones have the longer blocks."""
 
 SECONDS = 30.0
 """How long a search may take, besides what is needed for any plan at all."""
@@ -59,30 +57,31 @@ class Chosen:
         return found.per_host or launch.cores() if self.here and found.hosts in (None, 1) else None
 
 
-def choose_machine(config: Config, named: str | None = None) -> Chosen:
+def choose_machine(config: Config, named: str | None = None, path_of_config: str = "CONFIG.toml") -> Chosen:
     """The machine that `named` or plan.machine names, else this one as it was calibrated.
 
-    Raises ConfigError where there is none, or where its file does not say how fast a rank computes.
+    Raises ConfigError, with the line that measures this one, where there is none, or where its file does not say how
+    fast a rank computes.
     """
     asked = named or config.plan.machine
     if asked is not None:
         found = machine.named(asked)
-        _require_figures(found, f"machine {asked}", asked)
+        _require_figures(found, f"machine {asked}", measure(path_of_config, asked if asked.endswith(".json") else None))
         return Chosen(found, found.name or asked, asked not in machine.shipped() and _same(asked))
     path = machine.default_path()
     here = machine.load(path)
     if here is None:
         raise ConfigError(
             f"no machine to plan for: this one was not measured yet (no {path}). Name another, with --machine or "
-            f"plan.machine: {', '.join(machine.shipped())}; or measure this one:\n{measure()}"
+            f"plan.machine: {', '.join(machine.shipped())}; or measure this one:\n{measure(path_of_config)}"
         )
-    _require_figures(here, str(path), None)
+    _require_figures(here, str(path), measure(path_of_config))
     return Chosen(here, here.name or "this machine", True)
 
 
-def measure(out: str | None = None) -> str:
-    """The line to paste that measures this machine."""
-    words = ["calibrate", "CONFIG.toml", *(["--out", out] if out else [])]
+def measure(path_of_config: str, out: str | None = None) -> str:
+    """The line to paste that measures this machine, and the layers of a config."""
+    words = ["calibrate", path_of_config, *(["--out", out] if out else [])]
     return launch.command_line(min(2, launch.cores()), words)
 
 
@@ -92,12 +91,11 @@ def _same(path: str) -> bool:
     return own.is_file() and Path(path).is_file() and own.samefile(path)
 
 
-def _require_figures(found: Machine, what: str, out: str | None) -> None:
+def _require_figures(found: Machine, what: str, line: str) -> None:
     if found.compute is None and not found.kernels:
         raise ConfigError(
             f"{what}: it does not say how fast a rank computes (compute, kernels), so that nothing can be planned for "
-            f"it; name another machine, {', '.join(machine.shipped())}, or measure the layers of a config:\n"
-            f"{measure(out if out and out.endswith('.json') else None)}"
+            f"it; name another machine, {', '.join(machine.shipped())}, or measure the layers of a config:\n{line}"
         )
 
 
@@ -113,7 +111,7 @@ class Task:
     graph: Graph
     chosen: Chosen
     memory_limit: float | None
-    """Bytes of a rank."""
+    """Bytes of a rank; None: as many as there are."""
 
     @cached_property
     def setting(self) -> Setting:
@@ -145,7 +143,12 @@ class Task:
 
     def search(self, ranks: int) -> Found:
         """The best plan on so many ranks. Raises PlanError where none fits, ConfigError where there are too few."""
-        return search(self.graph, self.setting, ranks, self.memory_limit, SECONDS)
+        return search(self.graph, self.setting, ranks, self.limit(ranks), SECONDS)
+
+    def limit(self, ranks: int) -> float | None:
+        """Bytes that each of so many ranks may need: where nobody says, of this host what is free; else no limit."""
+        room = host_room() if self.memory_limit is None and self.chosen.here else None
+        return self.memory_limit if room is None else room.nbytes / at_once(self.setting, ranks)
 
     def sources(self, plan: Plan, ranks: int) -> dict[str, str]:
         """{layer: "measured", "interpolated" or "formula"} of the layers that take time to compute by a plan."""
@@ -155,13 +158,14 @@ class Task:
         return {unit.head: pricer.source(unit, extent(places[unit.head].work.box(0))) for unit in units}
 
     def memory(self, plan: Plan, ranks: int) -> Memory:
-        """What the rank that needs most needs, of the first ones."""
-        config, hosts = self.config, self.machine.layout(ranks)[: plan.ranks]
-        among = range(min(plan.ranks, AMONG))
-        return memory.largest(memory.of_run(config, self.graph, plan, among, hosts))[1]
+        """What the rank that needs most needs, as far as a few of the first ones show."""
+        economy = memory.economy(self.config, self.graph, plan)
+        return limits.needed(self.graph, plan, replace(self.setting, economy=economy), ranks)[1]
 
 
-def task(config: Config, named: str | None = None, memory_gib: float | None = None) -> Task:
+def task(
+    config: Config, named: str | None = None, memory_gib: float | None = None, path_of_config: str = "CONFIG.toml"
+) -> Task:
     """What `config` asks to be planned, on the machine `named` or else as `choose_machine` finds it.
 
     A rank's memory is that of the machine's file where `memory_gib` does not say. Raises what these raise, DataError
@@ -172,7 +176,7 @@ def task(config: Config, named: str | None = None, memory_gib: float | None = No
             f"sync.strategy = {config.sync.strategy!r}: plans are found for one copy of the network; plan a replica's, "
             "with sync.strategy=allreduce, its ranks and its share of train.batch, and give the file as plan.grid"
         )
-    chosen = choose_machine(config, named)
+    chosen = choose_machine(config, named, path_of_config)
     data = prepare.known_data(config)
     limit = chosen.machine.memory if memory_gib is None else memory_gib * 2**30
     return Task(config, data, prepare.build_graph(config, data), chosen, limit)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hpctrain.errors import ConfigError
 from hpctrain.executor import Executor
 from hpctrain.feed import Feed
+from hpctrain.machine import Machine
 from hpctrain.together import Together
 
 if TYPE_CHECKING:
-    from hpctrain.planner.cost import PlanCost
+    from hpctrain.planner.seconds import PlanCost
 
 PHASES = ("compute", "exchange", "allreduce", "input", "other")
 """What the seconds of a step add up from. other: the update, the agreement of all ranks, and the loop itself."""
@@ -119,8 +120,8 @@ def slowest(every: Sequence[Steps]) -> Steps | None:
 class Forecast:
     """What a step takes by the cost of a plan."""
 
-    seconds: tuple[float, ...]
-    """By PHASES."""
+    seconds: tuple[float | None, ...]
+    """By PHASES; None of what the machine's file says nothing of."""
     source: str
     """Where the machine's figures are from, as the end of a sentence."""
     guess: bool = False
@@ -128,17 +129,18 @@ class Forecast:
 
     @property
     def step(self) -> float:
-        """Of a whole step."""
-        return sum(self.seconds)
+        """Of a whole step, less what is not known."""
+        return sum(filter(None, self.seconds))
 
     @classmethod
-    def of(cls, cost: PlanCost, source: str, guess: bool = False) -> Forecast:
+    def of(cls, cost: PlanCost, machine: Machine, source: str, guess: bool = False) -> Forecast:
         """The phases of a plan as the executor times them: norms gather their statistics while they compute."""
         said = cost.phases()
         statistics = cost.parts * sum(layer.statistics for layer in cost.layers)
         exchange = said["halo"] + said["redistribution"] - statistics
         other = said["update"] + said["step"]
-        found = said["compute"] + statistics, exchange, said["allreduce"], said["input"], other
+        reading = None if machine.storage is None else said["input"]
+        found = said["compute"] + statistics, exchange, said["allreduce"], reading, other
         return cls(found, source, guess)
 
 
@@ -154,7 +156,7 @@ def record(steps: Steps, forecast: Forecast | None) -> dict[str, Any]:
     """Flat fields for metrics.jsonl; what is not predicted is None."""
     found: dict[str, Any] = {"rank": steps.rank, "steps": steps.count, **summary(steps, forecast)}
     found |= {f"{phase}_seconds": spent for phase, spent in zip(PHASES, steps.seconds, strict=True)}
-    said = (None,) * len(PHASES) if forecast is None else forecast.seconds
+    said: Sequence[float | None] = (None,) * len(PHASES) if forecast is None else forecast.seconds
     found |= {f"predicted_{phase}_seconds": spent for phase, spent in zip(PHASES, said, strict=True)}
     return found | {"source": None if forecast is None else forecast.source}
 
@@ -180,10 +182,12 @@ def table(steps: Steps, ranks: int, forecast: Forecast | None) -> list[str]:
     lines.append(f"  {'':<10}{'measured':>10}{'predicted':>11}{'error':>9}")
     both = zip((*PHASES, "step"), (*steps.seconds, steps.step), (*forecast.seconds, forecast.step), strict=True)
     for name, measured, predicted in both:
-        far = error(predicted, measured)
+        if predicted is None:
+            lines.append(f"  {name:<10}{_ms(measured):>10}{'-':>11}{'-':>9}")
+            continue
         small = max(measured, predicted) < SMALL * max(steps.step, forecast.step) or measured == 0
-        said = "-" if small else f"{100 * far:+.0f} %"
-        lines.append(f"  {name:<10}{_ms(measured):>10}{_ms(predicted):>11}{said:>9}")
+        far = "-" if small else f"{100 * error(predicted, measured):+.0f} %"
+        lines.append(f"  {name:<10}{_ms(measured):>10}{_ms(predicted):>11}{far:>9}")
     return [*lines, f"predicted {forecast.source}"]
 
 
@@ -210,5 +214,5 @@ def write(folder: Path, steps: Steps, forecast: Forecast | None) -> None:
         raise ConfigError(f"{path}: cannot be written: {failed}; free space, or give another run.folder") from failed
 
 
-def _by_phase(found: Steps | Forecast) -> Mapping[str, float]:
+def _by_phase(found: Steps | Forecast) -> Mapping[str, float | None]:
     return {**dict(zip(PHASES, found.seconds, strict=True)), "step": found.step}

@@ -89,31 +89,28 @@ class Times:
     def __init__(self, graph: Graph, precision: str, backend: str) -> None:
         self.graph, self.precision, self.backend = graph, precision, backend
         self._varied = differentiable(graph)
-        self._found: dict[str, dict[str, list[Pair]]] = {}
+        self._found: dict[str, dict[str, list[np.ndarray]]] = {}
         self._units: dict[str, Unit] = {}
 
     def add(self, rehearsal: Rehearsal, taken: np.ndarray) -> None:
-        """What one step took: (units, 2) seconds. Units that are the same count as their mean."""
+        """What one step took: (ranks, units, 2) seconds. Units that are the same count as their mean."""
         alike: dict[tuple[str, str], list[np.ndarray]] = {}
-        for unit, seconds in zip(rehearsal.schedule.units, taken, strict=True):
+        for unit, seconds in zip(rehearsal.schedule.units, taken.swapaxes(0, 1), strict=True):
             key = kernel_key(self.graph, unit, self._varied, self.precision, self.backend)
             block = block_name(extent(rehearsal.layouts[unit.head].work.box(0)))
             alike.setdefault((key, block), []).append(seconds)
             self._units.setdefault(key, unit)
         for (key, block), several in alike.items():
-            forward, backward = np.mean(several, axis=0).tolist()
-            self._found.setdefault(key, {}).setdefault(block, []).append((forward, backward))
+            self._found.setdefault(key, {}).setdefault(block, []).append(np.mean(several, axis=0))
 
     def clear(self) -> None:
         """Forget them."""
         self._found.clear()
 
     def blocks(self, key: str) -> dict[str, Pair]:
-        """{block: medians of the seconds} of a unit."""
-        return {
-            block: (_rounded(median(f for f, _ in taken)), _rounded(median(b for _, b in taken)))
-            for block, taken in self._found[key].items()
-        }
+        """{block: seconds} of a unit: the medians of the rank that is slowest by these, as others wait for it."""
+        slowest = {block: np.median(taken, axis=0).max(axis=0) for block, taken in self._found[key].items()}
+        return {block: (_rounded(forward), _rounded(backward)) for block, (forward, backward) in slowest.items()}
 
     def kernels(self, at_once: int) -> tuple[Kernel, ...]:
         """All units, as a machine's file has them."""
@@ -163,9 +160,9 @@ def rehearse(
             break
         started, share = perf_counter(), left / (len(asked) - done)
         rehearsal = Rehearsal(graph, plan, alone, backend, precision, rules)
-        slowest(comm, rehearsal.run())
+        comm.allgather(rehearsal.run())
         for _ in range(rounds or _rounds(comm.bcast(perf_counter() - started), share)):
-            times.add(rehearsal, slowest(comm, rehearsal.run()))
+            times.add(rehearsal, np.array(comm.allgather(rehearsal.run())))
             updates.append(rehearsal.update)
         done += 1
         longest = max(longest, perf_counter() - started)
@@ -178,12 +175,6 @@ def _rounds(first: float, share: float) -> int:
     return max(3, min(15, int((share - first) / max(first, 1e-3))))
 
 
-def slowest(comm: MPI.Intracomm, taken: np.ndarray) -> np.ndarray:
-    """Of each unit, what it took on the slowest rank: the others wait for it. Collective."""
-    every: np.ndarray = np.max(comm.allgather(taken), axis=0)
-    return every
-
-
 # --- a formula for the others ----------------------------------------------------------------------------------------
 
 INTENSE = 8.0
@@ -191,8 +182,8 @@ INTENSE = 8.0
 
 
 def compute(found: Iterable[Measured]) -> Compute:
-    """Speeds that what was measured is near to: bandwidth by layers that compute little, `flops` and the shares of it
-    by those that compute much.
+    """Speeds by which all that was measured takes as long in the sum: bandwidth by layers that compute little, `flops`
+    and the shares of it, by decades of operations, by those that compute much.
     """
     ways = [
         (float(operations[0]), float(moved[0]), seconds)
@@ -201,18 +192,30 @@ def compute(found: Iterable[Measured]) -> Compute:
         if seconds > 0
     ]
     call = min(seconds for _, _, seconds in ways)
-    light = [moved / (seconds - call) for n, moved, seconds in ways if n < INTENSE * moved and seconds > 4 * call]
-    heavy = [(n, n / (seconds - call)) for n, moved, seconds in ways if n >= INTENSE * moved and seconds > 2 * call]
-    bandwidth = median(light) if light else 1e10
-    rates: dict[int, list[float]] = {}
-    for n, rate in heavy:
-        rates.setdefault(round(np.log10(n)), []).append(rate)
-    steps = [(decade, median(of)) for decade, of in sorted(rates.items())] or [(6, 1e10)]
-    most, curve, reached = max(rate for _, rate in steps), [], 0.0
-    for decade, rate in steps:
-        reached = max(reached, rate)
-        curve.append((10.0**decade, _rounded(reached / most)))
-    return Compute(_rounded(most), _rounded(bandwidth), tuple(curve), _rounded(call))
+    light = [(moved, t - call) for n, moved, t in ways if n < INTENSE * moved and t > 2 * call]
+    bandwidth = sum(n for n, _ in light) / sum(t for _, t in light) if light else 1e10
+    decades: dict[int, list[Pair]] = {}
+    for n, moved, t in ways:
+        if n >= INTENSE * moved and t > 2 * call:
+            decades.setdefault(round(np.log10(n)), []).append((n, t - call))
+    sums = [(decade, sum(n for n, _ in of), sum(t for _, t in of)) for decade, of in sorted(decades.items())]
+    rates = rising(sums)
+    most = rates[-1][1] if rates else bandwidth
+    curve = tuple((10.0**decade, _rounded(rate / most)) for decade, rate in rates) or ((1.0, 1.0),)
+    return Compute(_rounded(most), _rounded(bandwidth), curve, _rounded(call))
+
+
+def rising(sums: Sequence[tuple[int, float, float]]) -> list[tuple[int, float]]:
+    """(decade, operations, seconds) to (decade, operations per second): where a rate falls, neighbours have theirs
+    together.
+    """
+    pools: list[tuple[list[int], float, float]] = []
+    for decade, operations, seconds in sums:
+        pools.append(([decade], operations, seconds))
+        while len(pools) > 1 and pools[-2][1] / pools[-2][2] >= pools[-1][1] / pools[-1][2]:
+            (before, n, t), (after, m, u) = pools[-2:]
+            pools[-2:] = [(before + after, n + m, t + u)]
+    return [(decade, n / t) for decades, n, t in pools for decade in decades]
 
 
 def deviation(known: Compute, found: Iterable[Measured]) -> float:

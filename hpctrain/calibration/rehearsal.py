@@ -91,10 +91,10 @@ class Rehearsal(Executor):
         self.steps = [self._bind(unit, found) for unit in self.schedule.units]
         self._by_name = {step.name: step for step in self.steps}
         self._apart = 0.0
-        self._given = {node.name: self._drawn_input(node.name) for node in graph if isinstance(node.layer, Input)}
+        self.given = {node.name: self._drawn_input(node.name) for node in graph if isinstance(node.layer, Input)}
         rows = {loss.name: self._results[loss.name].reshape(-1, loss.shape[-1]) for loss in self._losses}
-        self._dloss = {name: np.zeros_like(mine) for name, mine in rows.items()}
-        for gradient in self._dloss.values():
+        self.dloss = {name: np.zeros_like(mine) for name, mine in rows.items()}
+        for gradient in self.dloss.values():
             gradient[:, LOSS] = 1 / len(gradient)
         blocks, shards = self.parameters.blocks(), self.parameters.shards()
         self._optimizer: Optimizer = optim.TABLE[rules.name](blocks, shards, backend, rules)
@@ -133,9 +133,10 @@ class Rehearsal(Executor):
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")  # of groups of samples that are all other ranks' there are no statistics
     def run(self) -> np.ndarray:
         """(units, 2): seconds that each unit took in one step, forward and backward."""
-        for name, values in self._given.items():
+        for name, values in self.given.items():
             np.copyto(self._results[name], values)
         self._phase = TRAINING
         begin = perf_counter()
@@ -149,7 +150,7 @@ class Rehearsal(Executor):
             taken[i, 0] = perf_counter() - begin - self._apart
         for i, step in reversed(list(enumerate(self.steps))):
             self._apart, begin = 0.0, perf_counter()
-            self._backward_step(step, self._dloss)
+            self._backward_step(step, self.dloss)
             taken[i, 1] = perf_counter() - begin - self._apart
         begin = perf_counter()
         self._optimizer.step(0.0)

@@ -108,20 +108,26 @@ def how_many(
     objective: str,
     machine: Machine,
     tolerance: float = TOLERANCE,
+    patience: int | None = None,
 ) -> Scaling:
     """The best of the numbers of ranks in `tried`, for steps of `samples` samples.
 
     `step` gives the step on so many ranks, or raises PlanError where no plan exists for them. Ranks that slow a step
     down are refused whatever the objective; of numbers that are within `tolerance` of the best, the smallest is taken.
+    After `patience` numbers in a row that are slower than the fastest, larger ones are not tried.
     Raises PlanError where no number will do, ConfigError where the machine lacks the figures.
     """
     require(objective, machine)
-    points, refused = [], {}
+    points, refused, fastest = list[Point](), dict[int, str](), 0
     for ranks in sorted(tried):
+        if patience is not None and len(points) - fastest > patience:
+            break
         try:
             points.append(Point(ranks, step(ranks), samples))
         except PlanError as error:
             refused[ranks] = str(error)
+        else:
+            fastest = max(range(len(points)), key=lambda i: points[i].throughput)
     if not points:
         if not refused:
             raise PlanError("no number of ranks to try; give --ranks N, or --sweep 1..N")
@@ -145,7 +151,8 @@ def _best(points: Sequence[Point], objective: str, machine: Machine, tolerance: 
 
 def _why(points: Sequence[Point], chosen: Point, objective: str, machine: Machine, tolerance: float) -> str:
     per = PER[objective]
-    said = f"{chosen.gain(objective, machine):.4g} samples per {per}"
+    gain = chosen.gain(objective, machine)
+    said = f"{gain:,.0f} samples per {per}" if gain >= 1000 else f"{gain:.3g} samples per {per}"
     if len(points) == 1:
         return f"{said}; no other number was tried"
     best = chosen.gain(objective, machine)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 
-from msgspec.structs import replace
-
 from hpctrain.comm.allreduce import choose
 from hpctrain.machine import Machine, at
 from hpctrain.planner.plan import Group
@@ -42,23 +40,15 @@ class _Key:
 
 @lru_cache(maxsize=65536)
 def _seconds(nbytes: int, hosts: tuple[int, ...], key: _Key, name: str | None) -> float:
-    machine = _crowded(key.machine, key.crowd)
+    machine = key.machine
     if name is not None:
         known = machine.of(hosts)
         if known is not None and name in known.seconds:
             return at(known.seconds[name], nbytes)
-        return choose.price(name, nbytes, hosts, machine)
+        return choose.price(name, nbytes, hosts, machine, key.crowd)
     # only ranks that read each other's memory can add up in it
     room = 2**62 if machine.copies is not None else 0
-    return choose.choose(nbytes, hosts, machine, room).seconds
-
-
-def _crowded(machine: Machine, crowd: int) -> Machine:
-    """The network as one of `crowd` groups sees it that use a host's links at once."""
-    share = crowd / machine.links
-    if machine.network is None or share <= 1:
-        return machine
-    return replace(machine, network=replace(machine.network, beta=machine.network.beta * share))
+    return choose.choose(nbytes, hosts, machine, room, key.crowd).seconds
 
 
 def members(group: Group, hosts: Sequence[int]) -> tuple[tuple[int, ...], int]:

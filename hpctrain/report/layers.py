@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from hpctrain.console import LETTERS, WIDTH, blocks, wrapped
@@ -12,7 +13,7 @@ from hpctrain.partition import AXES, Partition
 from hpctrain.planner.seconds import LayerCost, PlanCost
 
 MANY = 40
-"""Lines above which neighbours that are cut alike are put into one."""
+"""Lines above which neighbours are put into one."""
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
@@ -22,20 +23,24 @@ COLUMNS = ("compute", "halo", "redistribution", "allreduce", "memory")
 
 @dataclass(frozen=True)
 class Line:
-    """Neighbouring layers with one partition; figures are sums."""
+    """Layers that are shown together; figures are sums."""
 
     layers: tuple[LayerCost, ...]
+    repeats: int = 1
+    """How many equal blocks of the network the layers are of."""
 
     @property
-    def partition(self) -> Partition:
-        """That of all of them."""
-        return self.layers[0].partition
+    def blocks(self) -> str:
+        """The partition that most of the layers have, in letters."""
+        found = [layer.partition for layer in self.layers]
+        most = max(dict.fromkeys(found), key=found.count)
+        return blocks(most) + (" .." if set(found) != {most} else "")
 
     @property
     def name(self) -> str:
-        """The first layer, and how many follow."""
-        more = len(self.layers) - 1
-        return self.layers[0].name + (f" +{more}" if more else "")
+        """The first layer, how many follow, and how often."""
+        more = len(self.layers) // self.repeats - 1
+        return self.layers[0].name + (f" +{more}" if more else "") + (f" x{self.repeats}" if self.repeats > 1 else "")
 
     def figures(self, parts: int) -> list[float]:
         """One for each of COLUMNS, of a step of so many parts."""
@@ -52,17 +57,19 @@ class Line:
 def lines(cost: PlanCost, every: bool = False) -> list[Line]:
     """The lines of a plan. Inputs have none.
 
-    Of many layers, neighbours with one partition share a line: those that take no time of their own go with the one
-    before, or if that is not enough whole blocks of the network (what stands before the first dot of a name), or all.
+    A layer that takes no time of its own goes with the one before, if both are cut alike. If that leaves too many
+    lines, neighbours in a stage that are cut alike share theirs, or blocks of a stage that follow one another and are
+    cut alike, whichever leaves fewer; else all of a stage. Block and stage are what stands before the last and the
+    first dot of a name.
     """
     layers = [layer for layer in cost.layers if layer.kind != "Input"]
-    found = [Line((layer,)) for layer in layers]
-    if every or len(found) <= MANY:
-        return found
-    for joined in (_follows, _same_block, _same_partition):
-        found = _fold(layers, joined)
-        if len(found) <= MANY:
-            break
+    if every:
+        return [Line((layer,)) for layer in layers]
+    found = _fold(layers, _follows)
+    if len(found) > MANY:
+        found = min(_repeated(found), _fold(layers, _same_partition), key=len)
+    if len(found) > MANY:
+        found = _fold(layers, _same_stage)
     return found
 
 
@@ -78,15 +85,38 @@ def _fold(layers: Sequence[LayerCost], joined: Callable[[LayerCost, LayerCost], 
 
 def _follows(before: LayerCost, layer: LayerCost) -> bool:
     idle = layer.compute == layer.exchange == layer.allreduce == 0
-    return idle and _same_partition(before, layer)
-
-
-def _same_block(before: LayerCost, layer: LayerCost) -> bool:
-    return before.name.split(".")[0] == layer.name.split(".")[0] and _same_partition(before, layer)
+    return idle and before.partition == layer.partition
 
 
 def _same_partition(before: LayerCost, layer: LayerCost) -> bool:
-    return before.partition == layer.partition
+    return _same_stage(before, layer) and before.partition == layer.partition
+
+
+def _same_stage(before: LayerCost, layer: LayerCost) -> bool:
+    return _follows(before, layer) or _ends(before.name)[0] == _ends(layer.name)[0]
+
+
+def _repeated(found: Sequence[Line]) -> list[Line]:
+    """The same with blocks that follow one another, and have the same layers cut alike, in one."""
+    joined: list[list[Line]] = []
+    for _, block in groupby(found, lambda line: line.layers[0].name.rpartition(".")[0]):
+        more = list(block)
+        if joined and _signature(joined[-1]) == _signature(more):
+            pairs = zip(joined[-1], more, strict=True)
+            joined[-1] = [Line(line.layers + other.layers, line.repeats + 1) for line, other in pairs]
+        else:
+            joined.append(more)
+    return [line for block in joined for line in block]
+
+
+def _signature(block: Sequence[Line]) -> list[tuple[str, str, Partition, int]]:
+    """What blocks that repeat have in common; what has no dot in its name repeats nothing."""
+    return [(*_ends(line.layers[0].name), line.layers[0].partition, len(line.layers) // line.repeats) for line in block]
+
+
+def _ends(name: str) -> tuple[str, str]:
+    """The stage of a layer, and its name within its block."""
+    return name.partition(".")[0], name.rpartition(".")[2]
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -99,19 +129,21 @@ def table(cost: PlanCost, every: bool = False) -> Iterator[str]:
     total = [sum(column) for column in zip(*figures, strict=True)]
     unit = best_unit(max(total[:-1]))
     titles = ["layers", "blocks", "compute", "halo", "redistr.", "allreduce", "MiB"]
-    cells = [[line.name, blocks(line.partition), *_cells(row, unit)] for line, row in zip(found, figures, strict=True)]
+    cells = [[line.name, line.blocks, *_cells(row, unit)] for line, row in zip(found, figures, strict=True)]
     cells.append(["all", "", *_cells(total, unit)[:-1], ""])  # memory is used again, so that it does not add up
     widths = [max(len(row[i]) for row in (titles, *cells)) for i in range(len(titles))]
     over = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     widths[0] = max(8, widths[0] - max(0, over))
     yield from (_line(row, widths) for row in (titles, *cells))
-    cut = [axis for axis in AXES if any(line.partition[axis] > 1 for line in found)]
+    cut = [axis for axis in AXES if any(layer.partition[axis] > 1 for line in found for layer in line.layers)]
     legend = f" Blocks: {', '.join(f'{LETTERS[axis]} {axis}' for axis in cut)}." if cut else ""
-    folded = " +N: with the N layers after it." if any(len(line.layers) > 1 for line in found) else ""
+    legend += " .. : and others." if any(line.blocks.endswith("..") for line in found) else ""
+    legend += " +N: with the N layers after it." if any(len(line.layers) > line.repeats for line in found) else ""
+    legend += " xN: in N blocks alike." if any(line.repeats > 1 for line in found) else ""
     yield wrapped(
         f"Times in {unit}, of a step, forward and backward, on the slowest rank; halo: exchanges between layers that "
         "are cut alike, redistr.: between others, partial sums and statistics; MiB: a rank's output and weights."
-        f"{legend}{folded}"
+        f"{legend}"
     )
 
 
@@ -144,7 +176,7 @@ def _cells(figures: Sequence[float], unit: str) -> list[str]:
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     left = [_shortened(cells[0], widths[0]).ljust(widths[0]), cells[1].ljust(widths[1])]
     right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join([*left, *right])
+    return "  ".join([*left, *right]).rstrip()
 
 
 def _shortened(name: str, width: int) -> str:

@@ -12,7 +12,7 @@ from hpctrain.planner.scaling import Scaling
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-OTHERS = {"data": ("s", 7, "tab:orange"), "best uniform grid": ("^", 8, "tab:green")}
+OTHERS = {"data": ("s", 7, "tab:orange"), "domain": ("^", 8, "tab:green")}
 """{baseline: (marker, its size, colour)}: hollow, so that what lies below can be seen."""
 
 PLANS = "tab:blue"
@@ -47,9 +47,12 @@ def scaling(path: Path, found: Scaling, others: Mapping[str, Mapping[int, float]
         at = [point for point in points if point.ranks in taken]
         style: dict[str, Any] = {"marker": marker, "markersize": size, "fillstyle": "none", "color": colour}
         rates_of = [point.samples / taken[point.ranks] for point in at]
-        axes.plot([point.ranks for point in at], rates_of, linestyle="--", linewidth=1, label=name, **style)
+        axes.plot([point.ranks for point in at], rates_of, linestyle="--", linewidth=1, label=f"{name} alone", **style)
     axes.plot(ranks, rates, marker="o", markersize=4, color=PLANS, linewidth=2, label="plan of hpctrain")
-    _mark(axes, found)
+    point = found.chosen
+    best = f"taken: {point.ranks:,} rank{'s' * (point.ranks > 1)}, {100 * found.efficiency(point):.0f} % of ideal"
+    ring: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 12, "fillstyle": "none", "color": PLANS}
+    axes.plot([point.ranks], [point.throughput], label=best, **ring)
     _label(axes, ranks)
     axes.set_title("\n".join(textwrap.wrap(title, 88)), fontsize=9, loc="left")
     try:
@@ -75,14 +78,4 @@ def _label(axes: Any, ranks: list[int]) -> None:
     axes.set_ylabel("samples per second, predicted")
     axes.grid(True, which="major", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
-
-
-def _mark(axes: Any, found: Scaling) -> None:
-    """The number of ranks that is taken, below its point: the lines come from there only where there is one point."""
-    point = found.chosen
-    text = f"{point.ranks:,} rank{'s' * (point.ranks > 1)}: {100 * found.efficiency(point):.0f} % of ideal"
-    axes.plot([point.ranks], [point.throughput], "o", markersize=11, fillstyle="none", color=PLANS)
-    where = {0: "left", len(found.points) - 1: "right"}.get(found.points.index(point), "center")
-    place, style = (point.ranks, point.throughput), {"textcoords": "offset points", "ha": where, "va": "top"}
-    axes.annotate(text, place, (0, -12), fontsize=9, color=PLANS, **style)
+    axes.legend(frameon=False, loc="best", fontsize=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def beside(cost: PlanCost, others: Baselines) -> Iterator[str]:
     yield f"{'this plan'.ljust(width)}  {number(_in(cost.seconds, unit)):>12}  {'1.00':>8}"
     for name, other in others.items():
         if isinstance(other, str):
-            yield wrapped(f"{name.ljust(width)}  -  {other}")
+            start = f"{name.ljust(width)}  -  "
+            yield textwrap.fill(other, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
         else:
             taken = other[1].seconds
             grid = _grid(other[0])
@@ -72,7 +74,8 @@ def beside(cost: PlanCost, others: Baselines) -> Iterator[str]:
 def _grid(plan: Plan) -> str:
     """The partition that most of its layers have."""
     found = list(plan.partitions.values())
-    return str(max(dict.fromkeys(found), key=found.count))
+    most = max(dict.fromkeys(found), key=found.count)
+    return str(most) if set(found) == {most} else f"mostly {most}"
 
 
 def records(cost: PlanCost, others: Baselines, times: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`bench allreduce` and `calibrate` under mpirun: what they print, write, and make of what was written."""
+"""`bench allreduce` under mpirun: what it prints, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import launching
 import pytest
-import runs
 
-from hpctrain.comm.allreduce import TABLE, measured
-from hpctrain.data.make.digits import make_digits
+from hpctrain.comm.allreduce import TABLE
 
 HPCTRAIN = [sys.executable, "-m", "hpctrain"]
 
@@ -72,61 +70,3 @@ def test_bench_refuses_and_names_the_remedy(words: list[str], message: str) -> N
     assert ended.status == 2
     assert any(part in ended.stderr for part in message.split("|"))
     assert "Traceback" not in ended.stderr
-
-
-def test_calibration_is_written_and_used(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "machine.json"
-    records = results(run(2, "calibrate", "--quick", "--json", "--out", path))
-    found = measured.load(path)
-    assert found is not None
-    assert found.node is not None
-    assert found.node.alpha > 0 < found.node.beta
-    assert found.network is None
-    (table,) = found.tables
-    assert table.hosts == (0, 0)
-    assert {(r["algorithm"], r["bytes"]): r["seconds"] for r in records} == {
-        (name, nbytes): seconds for name, times in table.seconds.items() for nbytes, seconds in times.items()
-    }
-    results(run(3, "calibrate", "--quick", "--json", "--out", path))
-    both = measured.load(path)
-    assert both is not None
-    assert [other.hosts for other in both.tables] == [(0, 0), (0, 0, 0)]
-    said = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path)).stdout
-    assert f"measurements of {path}" in said.replace("\n", " ")
-    assert said.count("measured on 2 ranks on 1 host") == 2
-
-
-def test_measurements_of_another_library_are_not_used_and_damaged_ones_refused(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    path.write_bytes(measured.encode(measured.Measured("MPICH Version: 1.0")))
-    said = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
-    assert said.status == 0
-    assert "was measured with MPICH Version: 1.0, this is" in said.stdout.replace("\n", " ")
-    path.write_text("{}")
-    ended = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
-    assert ended.status == 2
-    assert ended.stderr.count("machine.json: cannot be used") == 1
-
-
-def test_run_chooses_by_measurements_and_when_resumed_keeps_its_choice(tmp_path: Path) -> None:
-    make_digits(tmp_path)
-    config = runs.write_config(tmp_path / "run.toml", tmp_path, tmp_path / "run", "batch = 2")
-    path, times = tmp_path / "machine.json", {"mpi": {1000: 1.0}, "shared": {1000: 1.0}, "tree": {1000: 1e-9}}
-    results(run(2, "calibrate", "--quick", "--json", "--out", path))
-    found = measured.load(path)
-    assert found is not None
-    doctored = measured.Measured(found.library, tables=(measured.Table((0, 0), times),))
-    path.write_bytes(measured.encode(doctored))
-    first = run(2, "train", config, "train.steps=2", HPCTRAIN_MACHINE=str(path))
-    assert first.status == 0, first.stderr
-    assert "gradients: tree allreduce (measured on 2 ranks on 1 host)" in first.stdout.replace("\n", " ")
-    plan = (tmp_path / "run/plan.json").read_text()
-    assert json.loads(plan)["allreduce"] == {"batch=2: batch": "tree"}
-    resumed = run(2, "train", "--resume", tmp_path / "run", "train.steps=3")
-    assert resumed.status == 0, resumed.stderr
-    assert "gradients: tree allreduce (as the plan says)" in resumed.stdout.replace("\n", " ")
-    assert (tmp_path / "run/plan.json").read_text() == plan
-    anew = run(2, "train", config, "train.steps=1", f"run.folder={tmp_path}/other")
-    assert anew.status == 0, anew.stderr
-    said = anew.stdout.replace("\n", " ")
-    assert "shared allreduce (by formula; no measurements in /nonexistent/machine.json; hpctrain calibrate" in said

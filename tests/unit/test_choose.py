@@ -213,3 +213,13 @@ def test_place_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert machine.default_path() == tmp_path / ".config/hpctrain/machine.json"
+
+
+def test_links_of_a_host_are_shared_by_what_sends_at_once() -> None:
+    """4 ranks a host: on 1 link all share it, on 4 each has its own, and two groups on 4 share them by two."""
+    hosts = [0] * 4 + [1] * 4
+    one, four = (Machine(OPEN_MPI, Level(0, 0, 0), Level(0.0, 1e-9, 0.0), links=links) for links in (1, 4))
+    for name in ("halving_doubling", "hierarchical"):
+        alone = choose.price(name, 1 << 20, hosts, four)
+        assert choose.price(name, 1 << 20, hosts, one) == pytest.approx(4 * alone)
+        assert choose.price(name, 1 << 20, hosts, four, crowd=2) == pytest.approx(2 * alone)

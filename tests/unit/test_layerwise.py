@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hpctrain import models
 from hpctrain.graph import Graph
 from hpctrain.models import Sample
 from hpctrain.partition import Partition
+from hpctrain.planner.cost import price
 from hpctrain.planner.plan import uniform
+from hpctrain.planner.setting import Setting
 
 GIB = 2**30
 
@@ -65,6 +68,41 @@ def test_volumes_of_one_weird_trick(name: str, gpus: int, published: float) -> N
     """Dense layers by channels: their inputs move in place of their weights."""
     graph = network(name, gpus)
     assert papers.moved(graph, papers.one_weird_trick(graph, gpus)) == pytest.approx(published, rel=0.015)
+
+
+def cuts(gpus: int, names: str) -> set[str]:
+    """How the search cuts the layers of VGG-16 whose names start so."""
+    plan = papers.found_plan(gpus).plan
+    return {str(partition) for name, partition in plan.partitions.items() if re.match(names, name)}
+
+
+@pytest.mark.parametrize("gpus", [4, 16])
+def test_pattern_of_vgg16(gpus: int) -> None:
+    """Table 5: early layers by samples over all GPUs, dense layers by channels over few, and never over more again."""
+    assert cuts(gpus, "(conv|pool)[1-4]") == {f"batch={gpus}"}
+    assert cuts(gpus, "fc[12]") == {"channel=4"}
+    sizes = [partition.size for name, partition in papers.found_plan(gpus).plan.partitions.items() if name != "y"]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_of_the_pattern_does_not_come_out() -> None:
+    """Block 5 by height and width, and fc3 on two: docs/papers.md says why. The paper's plan is not far behind."""
+    assert cuts(4, "(conv|pool)5") == {"batch=4"}
+    assert cuts(4, "fc3") == {"channel=4"}
+    found = papers.example("vgg16-p100")
+    setting = Setting.of(found.config, found.machine)
+    published = price(found.graph, papers.as_published(found.graph), setting).seconds
+    assert papers.found_plan(4).cost.seconds < published < 1.03 * papers.found_plan(4).cost.seconds
+
+
+def test_the_search_is_no_worse_than_what_it_is_compared_with() -> None:
+    found = papers.example("vgg16-p100")
+    setting, graph = Setting.of(found.config, found.machine), found.graph
+    others = [
+        papers.one_weird_trick(graph, 4),
+        *(uniform(graph, p) for p in (Partition(batch=4), Partition(channel=4))),
+    ]
+    assert papers.found_plan(4).cost.seconds <= min(price(graph, plan, setting).seconds for plan in others)
 
 
 def test_the_tables_of_the_document_are_not_stale() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from hpctrain import machine
+from hpctrain import config_file, machine, models
 from hpctrain.errors import ConfigError
 from hpctrain.machine import Machine
+from hpctrain.models import Sample
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "papers"
 
 WITHOUT = ("name", "source", "date", "version", "library", "topology")
 """Fields that are no figures."""
@@ -76,3 +80,16 @@ def test_unknown_machine_is_refused_with_those_there_are() -> None:
         ConfigError, match=r"no such file, and not one of cori-knl, frontier.*\n.*calibrate --out summit"
     ):
         machine.named("summit")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_are_for_shipped_machines_and_need_no_data(path: Path) -> None:
+    config = config_file.load(path)
+    assert config.plan.machine in machine.shipped()
+    described = config.data.sample
+    assert described is not None
+    assert described.count > config.train.batch
+    sample = Sample(described.shape, classes=described.classes)
+    graph = models.build(config.model.name, 2, sample, config.model.options)
+    kinds = {type(node.layer).__name__ for node in graph}
+    assert set(config.plan.only) <= kinds

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import launching
+import msgspec
 import pytest
 
 from hpctrain import config_file, machine, planning, prepare
@@ -14,6 +16,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.make.digits import make_digits
 from hpctrain.errors import BackendUnavailable, ConfigError, DataError
 from hpctrain.machine import Compute, Level, Machine, Power
+from hpctrain.memory import Room
 from hpctrain.partition import Partition
 from hpctrain.planner.plan import Plan, uniform
 from hpctrain.planner.scaling import Scaling, Step, how_many
@@ -95,12 +98,12 @@ def test_this_machine_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: 
 def test_unmeasured_machine_is_one_message_with_both_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCTRAIN_MACHINE", str(tmp_path / "none.json"))
     with pytest.raises(ConfigError) as error:
-        planning.choose_machine(config(tmp_path, "nowhere", DIGITS))
+        planning.choose_machine(config(tmp_path, "nowhere", DIGITS), None, "a run.toml")
     text = str(error.value)
     assert f"no {tmp_path}/none.json" in text
     assert "--machine" in text
     assert "cori-knl" in text
-    assert text.splitlines()[-1].split()[-2:] == ["calibrate", "CONFIG.toml"]
+    assert text.splitlines()[-1].endswith(" calibrate 'a run.toml'")
 
 
 def test_machine_that_was_measured_for_sums_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +220,21 @@ def test_memory_is_the_machines_unless_given(tmp_path: Path, toy: Path) -> None:
     found = config(tmp_path, "nowhere", DIGITS)
     assert planning.task(found, str(toy)).memory_limit == 2**30
     assert planning.task(found, str(toy), 0.5).memory_limit == 2**29
+    assert planning.task(found, str(toy), 0.5).limit(4) == 2**29
     task = planning.task(found, str(toy))
     plan = uniform(task.graph, Partition(batch=2, height=2))
     assert task.memory(plan, 4).total < task.memory(uniform(task.graph, Partition()), 1).total < 2**30
+
+
+def test_memory_of_this_host_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its file does not say what a rank has: the toy has 2 ranks on a host."""
+    monkeypatch.setattr(planning, "host_room", lambda: Room(600, "the test"))
+    own = written(tmp_path / "own.json", msgspec.structs.replace(FIGURES, memory=None))
+    monkeypatch.setenv("HPCTRAIN_MACHINE", str(own))
+    task = planning.task(config(tmp_path, "nowhere", DIGITS))
+    assert [task.limit(ranks) for ranks in (1, 2, 8)] == [600, 300, 300]
+    away = written(tmp_path / "away.json", msgspec.structs.replace(FIGURES, memory=None))
+    assert planning.task(config(tmp_path, "nowhere", DIGITS), str(away)).limit(2) is None
 
 
 def test_run_that_recomputes_is_planned_as_such(tmp_path: Path, toy: Path) -> None:
@@ -274,19 +289,43 @@ def test_every_layer_has_a_line_and_sums_are_right() -> None:
     assert (records[1]["source"], records[1]["pc"], records[2]["pr"]) == ("measured", 2, 2)
 
 
-def test_many_layers_share_lines_that_add_up() -> None:
-    found = [layer(f"block{i // 9}.long.name.of.a.layer.{i % 9}", {"batch": 4 if i < 70 else 2}) for i in range(90)]
-    cost = PlanCost(tuple(found), 4)
-    text = list(layers.table(cost))
-    assert len(text) < 20
+def network(cut: Callable[[int, int, int], int]) -> list[LayerCost]:
+    """4 stages of 5 blocks of 9 layers and two more; `cut` gives blocks along the batch, of stage, block and layer."""
+    found = [
+        layer(f"stage{i}.{j}.a_layer_of_long_name{k}", {"batch": cut(i, j, k)})
+        for i in range(4)
+        for j in range(5)
+        for k in range(9)
+    ]
+    return [layer("first", {"batch": 4}), *found, layer("last", {"batch": 4})]
+
+
+@pytest.mark.parametrize(
+    ("cut", "count", "name", "blocks"),
+    [
+        (lambda i, j, k: 4, 6, "stage0.0.a_layer_of_long_name0 +44", "b4"),
+        (lambda i, j, k: 4 if j < 2 else 2, 10, "stage0.0.a_layer_of_long_name0 +17", "b4"),
+        (lambda i, j, k: 2 if k == 0 else 4, 38, "stage0.0.a_layer_of_long_name0 x5", "b2"),
+        (lambda i, j, k: 2 if k % 4 == 0 else 4, 38, "stage0.0.a_layer_of_long_name0 x5", "b2"),
+        (lambda i, j, k: 2 if (j + k) % 5 == 0 else 4, 6, "stage0.0.a_layer_of_long_name0 +44", "b4 .."),
+    ],
+    ids=["alike", "two halves", "one layer", "some layers", "no order"],
+)
+def test_many_layers_share_lines_that_add_up(
+    cut: Callable[[int, int, int], int], count: int, name: str, blocks: str
+) -> None:
+    found = network(cut)
+    rows = layers.lines(PlanCost(tuple(found), 4))
+    assert (len(rows), rows[1].name, rows[1].blocks) == (count, name, blocks)
+    assert sorted(layer.name for row in rows for layer in row.layers) == sorted(layer.name for layer in found)
+    assert sum(row.figures(1)[0] for row in rows) == pytest.approx(0.182)
+    assert len(layers.lines(PlanCost(tuple(found), 4), every=True)) == 182
+    text = list(layers.table(PlanCost(tuple(found), 4)))
     assert widest(text) <= 79
-    assert "+8 " in text[1]
-    rows = layers.lines(cost)
-    assert sum(len(row.layers) for row in rows) == 90
-    assert all(layer.partition == row.partition for row in rows for layer in row.layers)
-    assert len(layers.lines(cost, every=True)) == 90
-    whole = sum(row.figures(1)[0] for row in rows)
-    assert whole == pytest.approx(0.09)
+    legend = " ".join(text[-1].split())
+    assert ("xN: in N blocks alike" in legend) == (" x" in name)
+    assert ("+N: with the N layers after it" in legend) == (" +" in name)
+    assert (".. : and others" in legend) == blocks.endswith("..")
 
 
 def test_layers_without_time_of_their_own_go_with_the_one_before() -> None:
@@ -316,7 +355,7 @@ def test_plan_beside_others() -> None:
     text = list(totals.beside(cost, others))
     assert widest(text) <= 79
     assert text[1].split() == ["this", "plan", "17.0", "1.00"]
-    assert text[2].split() == ["data", "40.0", "2.35", "height=2"]
+    assert text[2].split() == ["data", "40.0", "2.35", "mostly", "height=2"]
     assert text[3].startswith("domain     -  layer a has only 1 row")
     summary, beside, refused = totals.records(cost, others, 1)
     assert summary["seconds"] == pytest.approx(0.017)
@@ -375,7 +414,14 @@ def test_plot_of_scaling(suffix: str, tmp_path: Path) -> None:
     if suffix == ".png":
         assert raw.startswith(b"\x89PNG")
     else:
-        for text in ("lenet on a toy", "ranks", "samples per second, predicted", "ideal", "data", "plan of hpctrain"):
+        for text in (
+            "lenet on a toy",
+            "ranks",
+            "samples per second, predicted",
+            "ideal",
+            "data alone",
+            "plan of hpctrain",
+        ):
             assert f">{text}</text>" in raw.decode()
 
 

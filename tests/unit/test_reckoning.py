@@ -12,6 +12,7 @@ import pytest
 
 from hpctrain import reckoning
 from hpctrain.errors import ConfigError
+from hpctrain.machine import Machine, Storage
 from hpctrain.metrics import MetricsFile
 from hpctrain.reckoning import PHASES, WARMING, Clock, Forecast, Steps, error, record, slowest, summary, table, write
 
@@ -168,6 +169,17 @@ def test_forecast_has_the_phases_of_the_executor() -> None:
     phases = {"compute": 8.0, **waiting, "update": 0.25, "step": 0.5}
     layers = [SimpleNamespace(statistics=0.25), SimpleNamespace(statistics=0.0)]
     cost: Any = SimpleNamespace(phases=lambda: phases, parts=2, layers=layers)
-    found = Forecast.of(cost, "by guess")
+    found = Forecast.of(cost, Machine(storage=Storage(read=1e9, write=1e9)), "by guess")
     assert found.seconds == (8.5, 3.0, 3.0, 0.125, 0.75)
     assert found.step == sum(phases.values())
+
+
+def test_what_the_machine_does_not_know_is_not_predicted() -> None:
+    """A file without storage says nothing of how long reading takes, not that it takes no time."""
+    phases = dict.fromkeys(("compute", "halo", "redistribution", "allreduce", "input", "update", "step"), 0.01)
+    cost: Any = SimpleNamespace(phases=lambda: phases, parts=1, layers=[])
+    found = Forecast.of(cost, Machine(), "by guess")
+    assert found.seconds == (0.01, 0.02, 0.01, None, 0.02)
+    assert found.step == pytest.approx(0.06)
+    assert table(MEASURED, 2, found)[5] == "  input           4.00          -        -"
+    assert record(MEASURED, found)["predicted_input_seconds"] is None

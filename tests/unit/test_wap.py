@@ -14,6 +14,7 @@ from hpctrain.machine import Machine, named
 from hpctrain.models import Sample
 from hpctrain.planner import paper
 from hpctrain.planner.scaling import Scaling, Step, how_many
+from hpctrain.planner.search import search
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds
 
@@ -84,3 +85,16 @@ def test_one_gpu_takes_the_least_energy_too() -> None:
     assert power is not None
     assert (power.busy + 3 * power.idle, 4 * power.busy) == pytest.approx((149.44, 402.81), abs=0.05)
     assert chosen(128, "energy").chosen.ranks == 1
+
+
+@pytest.mark.parametrize(("batch", "gpus"), [(128, 1), (2048, 4)])
+def test_the_search_chooses_so_too(batch: int, gpus: int) -> None:
+    """With the planner's own costs, where the example allows cuts by samples only."""
+    graph, setting = network(batch)
+
+    def step(ranks: int) -> Step:
+        found = search(graph, setting, ranks)
+        assert {partition.size for partition in found.plan.partitions.values()} == {ranks}
+        return Step(found.cost.seconds, found.cost.compute)
+
+    assert how_many(step, range(1, 5), batch, "time", setting.machine).chosen.ranks == gpus

@@ -40,10 +40,10 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(nbytes: int, hosts: Sequence[int], table: Machine | None, shared_room: int) -> Choice:
+def choose(nbytes: int, hosts: Sequence[int], table: Machine | None, shared_room: int, crowd: int = 1) -> Choice:
     """The algorithm for `nbytes` on ranks that lie on these `hosts`, one number each.
 
-    `shared_room`: bytes that a shared window of all these ranks may take on each of their hosts.
+    `shared_room`: bytes that a shared window of all these ranks may take on each of their hosts. `crowd` as in `price`.
     """
     if len(hosts) == 1:
         return Choice("ring", 0.0, "one rank, nothing to sum")
@@ -59,7 +59,7 @@ def choose(nbytes: int, hosts: Sequence[int], table: Machine | None, shared_room
         if table is not None and not table.library.startswith(UNREPEATED):
             return Choice("mpi", native, f"measured on {where}: {ours[best] / native:.1f} times faster than {best}")
         return Choice(best, ours[best], f"measured on {where}; mpi is faster, but need not repeat its bits")
-    priced = {name: price(name, nbytes, hosts, table) for name in able}
+    priced = {name: price(name, nbytes, hosts, table, crowd) for name in able}
     best = min(priced, key=lambda name: (priced[name], name))
     return Choice(best, priced[best], f"by formula, nothing measured on {where}")
 
@@ -75,19 +75,29 @@ def candidates(nbytes: int, hosts: Sequence[int], shared_room: int) -> list[str]
     return [name for name in TABLE if not unfit.get(name, False)]
 
 
-def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None) -> float:
-    """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published."""
+def price(name: str, nbytes: int, hosts: Sequence[int], table: Machine | None, crowd: int = 1) -> float:
+    """Seconds by the cost formula, with alpha, beta and gamma as measured, else as published.
+
+    On each host so many groups as `crowd` sum at the same time, and share its links.
+    """
     near = Network(*level(table.node if table else None, NODE))
     if len(set(hosts)) == 1:
         return get(name).cost(len(hosts), nbytes, near)
     far = level(table.network if table else None, NETWORK)
-    counts = Counter(hosts).values()
-    if name == "hierarchical":
-        return get(name).cost(len(hosts), nbytes, Network(*far, near, -(-len(hosts) // len(counts))))
+    counts, links = Counter(hosts).values(), table.links if table else 1
+
+    def of_link(at_once: int) -> float:
+        """beta of one of so many ranks of a host that send at once."""
+        return far[1] * max(1.0, at_once * crowd / links)
+
+    if name == "hierarchical":  # its formula counts all ranks of a host on one link
+        per_host = -(-len(hosts) // len(counts))
+        beta = of_link(per_host) / per_host
+        return get(name).cost(len(hosts), nbytes, Network(far[0], beta, far[2], near, per_host))
     # what leaves a host at once shares its link; a ring crosses it only where its neighbours are elsewhere
     crossing = Counter(host for host, after in zip(hosts, [*hosts[1:], hosts[0]], strict=True) if host != after)
     at_once = max(crossing.values()) if name in ("ring", "segmented_ring") else max(counts)
-    return get(name).cost(len(hosts), nbytes, Network(far[0], far[1] * at_once, far[2]))
+    return get(name).cost(len(hosts), nbytes, Network(far[0], of_link(at_once), far[2]))
 
 
 def level(found: Level | None, default: Level) -> tuple[float, float, float]:
