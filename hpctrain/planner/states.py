@@ -18,10 +18,10 @@ from hpctrain.planner.cost import FLOAT64, at_once
 from hpctrain.planner.groups import Group, as_partition, follow
 from hpctrain.planner.layout import Edge, differentiable, kind, layout, layouts
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.priced import priced
 from hpctrain.planner.schedule import Unit, schedule
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds, statistics_seconds
-from hpctrain.planner.transfers import transfer
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
 
@@ -212,7 +212,7 @@ class States:
             return 0.0
         gradient = node.name in self.varied
         edge = Edge(node.name, None, place.output, place.partial, kind(self.graph, node.name), gradient)
-        moved = transfer(edge, self.setting.dtype, self.wire)
+        moved, _ = priced(edge, self.setting.dtype, self.wire)
         return self.setting.parts * (moved.forward + moved.backward)
 
 
