@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import inf
 
 import numpy as np
@@ -12,12 +13,12 @@ from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.memory import mib
-from hpctrain.partition import AXES, volume
+from hpctrain.partition import AXES, Partition, volume
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
 from hpctrain.planner.layout import edges, kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
 from hpctrain.planner.plan import Plan
-from hpctrain.planner.schedule import segments_to_try
+from hpctrain.planner.schedule import Economy, schedule, segments_to_try
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.states import block
 from hpctrain.planner.transfers import traffic
@@ -31,9 +32,9 @@ LOOKED_AT = 64
 PREDICTED = 3
 """Of them, how many have their memory predicted: rank 0, and those that read and write most."""
 
-AMPLE = {False: 2, True: 8}
-"""Where rank 0, messages left aside, needs so many times less than the limit, nothing else is looked at: other ranks
-read little more than it, and messages between hosts, if there are any, hold what is read and owned a few times over."""
+AMPLE = {False: 4, True: 8}
+"""Where what `bytes_of` counts is so many times less than the limit, nothing is predicted: a tensor has four arrays at
+most, on both sides of its edge and for both passes; where ranks are on several hosts, there are messages as well."""
 
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
@@ -110,11 +111,11 @@ def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -
     """Whether no rank needs more than `limit` bytes."""
     if limit == inf:
         return True
-    ((_, first),) = _predicted(graph, plan, setting, [0], None).items()
-    several = plan.ranks > Wire.of(setting, ranks).per_host
-    if AMPLE[several] * first.total <= limit:
+    rows = ((group, np.array([plan.partitions[group.head].shape], np.int32)) for group in groups(graph))
+    roughly = sum(float(bytes_of(graph, group, row, setting)[0]) for group, row in rows)
+    if AMPLE[plan.ranks > Wire.of(setting, ranks).per_host] * roughly <= limit:
         return True
-    return first.total <= limit and needed(graph, plan, setting, ranks)[1].total <= limit
+    return needed(graph, plan, setting, ranks)[1].total <= limit
 
 
 # --- roughly, for every partition of a group -------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def bytes_of(graph: Graph, group: Group, partitions: np.ndarray, setting: Settin
     Weights with all that goes with them, outputs, and what is read or summed beyond an even share of a tensor.
     """
     full, itemsize = exact(setting.dtype).itemsize, setting.dtype.itemsize
-    total = np.zeros(len(partitions))
+    total, in_memory = np.zeros(len(partitions)), _in_memory(graph, len(graph.nodes), setting.economy)
     for name in group.names:
         node, own = graph[name], follow(graph, group, name, partitions)
         size = kind(graph, name).dtype(setting.dtype).itemsize
@@ -135,10 +136,18 @@ def bytes_of(graph: Graph, group: Group, partitions: np.ndarray, setting: Settin
             numbers = block(weight.shape, weight.axes, own).prod(1)
             copies = 2 + setting.optimizer_arrays + (setting.parts > 1)
             total += numbers * (copies * full + itemsize * (itemsize < full))
-        total += block(node.shape, layer.output_axes(*shapes), own).prod(1) * size
+        total += block(node.shape, layer.output_axes(*shapes), own).prod(1) * size * (name in in_memory)
         if name == group.head:
             total += _beyond(node, own) * itemsize
     return total
+
+
+@lru_cache(maxsize=4)
+def _in_memory(graph: Graph, count: int, economy: Economy) -> frozenset[str]:
+    """Layers whose output has an array: inputs, and the last of those that run as one. Of a graph of `count` layers."""
+    places = layouts(graph, Plan({node.name: Partition() for node in graph}))
+    inputs = {node.name for node in graph if isinstance(node.layer, Input)}
+    return frozenset(inputs | {unit.name for unit in schedule(graph, places, economy).units})
 
 
 def _beyond(node: Node, partitions: np.ndarray) -> np.ndarray:
