@@ -31,7 +31,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
-        self._consumers: dict[str, list[tuple[Node, int]]] = {}
+        self._uses: dict[str, list[tuple[Node, int]]] = {}
 
     def input(self, name: str, shape: Shape, integer: bool = False) -> str:
         """A tensor that the loader fills, batch dim first. Returns `name`."""
@@ -52,9 +52,10 @@ class Graph:
             self._require_kinds(layer, inputs, shapes)
         except PlanError as error:
             raise PlanError(f"layer {name} (input {' and '.join(map(str, shapes))}): {error}") from None
-        node = self.nodes[name] = Node(name, layer, inputs, shapes, shape)
+        self.nodes[name] = Node(name, layer, inputs, shapes, shape)
+        self._uses[name] = []
         for slot, used in enumerate(inputs):
-            self._consumers.setdefault(used, []).append((node, slot))
+            self._uses[used].append((self.nodes[name], slot))
         return name
 
     def _require_kinds(self, layer: Layer, inputs: tuple[str, ...], shapes: tuple[Shape, ...]) -> None:
@@ -75,7 +76,7 @@ class Graph:
 
     def consumers(self, name: str) -> list[tuple[Node, int]]:
         """(node, which of its inputs) for every use of `name`, in graph order."""
-        return list(self._consumers.get(name, ()))
+        return list(self._uses[name])
 
     @property
     def losses(self) -> list[Node]:

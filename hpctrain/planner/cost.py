@@ -18,11 +18,11 @@ from hpctrain.partition import AXES, extent, volume
 from hpctrain.planner.compute import Pricer
 from hpctrain.planner.layout import Layout, edges, layouts
 from hpctrain.planner.plan import Group, Plan
+from hpctrain.planner.priced import priced
 from hpctrain.planner.schedule import schedule
 from hpctrain.planner.seconds import LayerCost, PlanCost
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds, members, statistics_seconds
-from hpctrain.planner.transfers import is_halo, transfer
 from hpctrain.planner.weights import weights
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
@@ -94,9 +94,9 @@ class _Pricing:
             for key in (*unit.inputs, (unit.head, None)):
                 if (edge := found.get(key)) is None:
                     continue
-                row, moved = self.rows[unit.head], transfer(edge, self.setting.dtype, wire)
+                row = self.rows[unit.head]
+                moved, halo = priced(edge, self.setting.dtype, wire)
                 times = 1 + (key in forward_again or (key[1] is None and row.again))
-                halo = is_halo(edge)
                 row.halo[FORWARD] += moved.forward * halo
                 row.redistribution[FORWARD] += moved.forward * (not halo)
                 row.halo[BACKWARD] += (moved.backward + moved.forward * (times - 1)) * halo

@@ -12,8 +12,8 @@ from hpctrain.graph import Node
 from hpctrain.planner.bounds import pair_bounds
 from hpctrain.planner.groups import Group, as_partition, follow
 from hpctrain.planner.layout import Edge, kind, useful
+from hpctrain.planner.priced import priced
 from hpctrain.planner.states import States
-from hpctrain.planner.transfers import transfer
 from hpctrain.regions import Distribution, Wanted, wanted
 
 
@@ -133,7 +133,7 @@ class Pairs:
             kind(self.graph, link.source),
             self._gradient(link),
         )
-        moved = transfer(edge, states.setting.dtype, states.wire)
+        moved, _ = priced(edge, states.setting.dtype, states.wire)
         return states.setting.parts * (moved.forward + moved.backward)
 
     def _owned(self, node: Node, row: np.ndarray) -> Distribution:

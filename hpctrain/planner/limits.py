@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import inf
 
 import numpy as np
@@ -12,14 +13,16 @@ from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.memory import mib
-from hpctrain.partition import AXES, volume
+from hpctrain.partition import AXES, Partition, volume
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
-from hpctrain.planner.layout import kind, layouts
+from hpctrain.planner.layout import edges, kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
 from hpctrain.planner.plan import Plan
-from hpctrain.planner.schedule import segments_to_try
+from hpctrain.planner.schedule import Economy, schedule, segments_to_try
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.states import block
+from hpctrain.planner.transfers import traffic
+from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
 from hpctrain.regions import Along, Region
 
@@ -29,32 +32,55 @@ LOOKED_AT = 64
 PREDICTED = 3
 """Of them, how many have their memory predicted: rank 0, and those that read and write most."""
 
-AMPLE = 8
-"""Where rank 0 needs so many times less than the limit, no other rank is looked at: halos on both sides, where it has
-them on one, are not even twice as much along each of three dims."""
+AMPLE = {False: 4, True: 8}
+"""Where what `bytes_of` counts is so many times less than the limit, nothing is predicted: a tensor has four arrays at
+most, on both sides of its edge and for both passes; where ranks are on several hosts, there are messages as well."""
 
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
 
 
-def needed(
-    graph: Graph, plan: Plan, setting: Setting, ranks: int, of: Sequence[int] | None = None
-) -> tuple[int, Memory]:
-    """(rank, its memory) of the rank that needs most, among those that may, or those asked for."""
-    found = predict(
+def needed(graph: Graph, plan: Plan, setting: Setting, ranks: int) -> tuple[int, Memory]:
+    """(rank, its memory) of the rank that needs most, among those that may.
+
+    On more than `LOOKED_AT` ranks messages are counted as if none of them were contiguous in its tensor.
+    """
+    ids, hosts = _greedy(graph, plan), setting.machine.layout(ranks)[: plan.ranks]
+    if plan.ranks <= LOOKED_AT:
+        return largest(_predicted(graph, plan, setting, ids, hosts))
+    found = _predicted(graph, plan, setting, ids, None)
+    messages = _messages(graph, plan, setting, ids, Wire.of(setting, ranks).per_host)
+    return largest({rank: replace(found[rank], messages=messages[rank]) for rank in ids})
+
+
+def _predicted(
+    graph: Graph, plan: Plan, setting: Setting, ids: Sequence[int], hosts: Sequence[int] | None
+) -> dict[int, Memory]:
+    """As `predict`; where `hosts` is None without messages."""
+    return predict(
         graph,
         plan,
-        _greedy(graph, plan) if of is None else of,
+        ids,
         setting.precision,
         setting.optimizer_arrays,
         setting.backend,
         setting.economy,
         setting.parts > 1,
-        setting.machine.layout(ranks)[: plan.ranks],
+        [0] * plan.ranks if hosts is None else hosts,
         setting.shard,
         setting.share_weights,
     )
-    return largest(found)
+
+
+def _messages(graph: Graph, plan: Plan, setting: Setting, ids: Sequence[int], per_host: int) -> dict[int, int]:
+    """Bytes that each of these ranks sends to and receives from other hosts, both ways."""
+    found = dict.fromkeys(ids, 0)
+    for edge in edges(graph, plan):
+        moved, itemsize = traffic(edge, per_host), edge.kind.dtype(setting.dtype).itemsize
+        both = (moved.received_far.elements + moved.sent_far.elements) * itemsize * (1 + edge.gradient)
+        for rank in ids:
+            found[rank] += int(both[rank]) if rank < len(both) else 0
+    return found
 
 
 def _greedy(graph: Graph, plan: Plan) -> list[int]:
@@ -83,7 +109,11 @@ def _volumes(region: Region, ids: np.ndarray) -> np.ndarray:
 
 def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -> bool:
     """Whether no rank needs more than `limit` bytes."""
-    if limit == inf or AMPLE * needed(graph, plan, setting, ranks, [0])[1].total <= limit:
+    if limit == inf:
+        return True
+    rows = ((group, np.array([plan.partitions[group.head].shape], np.int32)) for group in groups(graph))
+    roughly = sum(float(bytes_of(graph, group, row, setting)[0]) for group, row in rows)
+    if AMPLE[plan.ranks > Wire.of(setting, ranks).per_host] * roughly <= limit:
         return True
     return needed(graph, plan, setting, ranks)[1].total <= limit
 
@@ -97,7 +127,7 @@ def bytes_of(graph: Graph, group: Group, partitions: np.ndarray, setting: Settin
     Weights with all that goes with them, outputs, and what is read or summed beyond an even share of a tensor.
     """
     full, itemsize = exact(setting.dtype).itemsize, setting.dtype.itemsize
-    total = np.zeros(len(partitions))
+    total, in_memory = np.zeros(len(partitions)), _in_memory(graph, len(graph.nodes), setting.economy)
     for name in group.names:
         node, own = graph[name], follow(graph, group, name, partitions)
         size = kind(graph, name).dtype(setting.dtype).itemsize
@@ -106,10 +136,18 @@ def bytes_of(graph: Graph, group: Group, partitions: np.ndarray, setting: Settin
             numbers = block(weight.shape, weight.axes, own).prod(1)
             copies = 2 + setting.optimizer_arrays + (setting.parts > 1)
             total += numbers * (copies * full + itemsize * (itemsize < full))
-        total += block(node.shape, layer.output_axes(*shapes), own).prod(1) * size
+        total += block(node.shape, layer.output_axes(*shapes), own).prod(1) * size * (name in in_memory)
         if name == group.head:
             total += _beyond(node, own) * itemsize
     return total
+
+
+@lru_cache(maxsize=4)
+def _in_memory(graph: Graph, count: int, economy: Economy) -> frozenset[str]:
+    """Layers whose output has an array: inputs, and the last of those that run as one. Of a graph of `count` layers."""
+    places = layouts(graph, Plan({node.name: Partition() for node in graph}))
+    inputs = {node.name for node in graph if isinstance(node.layer, Input)}
+    return frozenset(inputs | {unit.name for unit in schedule(graph, places, economy).units})
 
 
 def _beyond(node: Node, partitions: np.ndarray) -> np.ndarray:

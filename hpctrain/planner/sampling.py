@@ -9,7 +9,7 @@ import numpy as np
 
 from hpctrain.planner.wire import Wire
 
-ALL = 64
+ALL = 16
 """Up to so many ranks every one is looked at; the compiled kernel takes no more at a time."""
 
 PAIRS = 256

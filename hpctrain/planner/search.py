@@ -8,8 +8,9 @@ not add up: sums of gradients per group, and what of them overlap hides.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from math import inf, sqrt
 from time import perf_counter
 
@@ -40,8 +41,11 @@ DEADLINE = 60.0
 STEP, STEPS, HALVINGS = 8.0, 24, 6
 """By what factor the price of a byte is raised, how often at most until a plan fits, and how often halved then."""
 
-ROUNDS_WITH_LIMIT = 8
-"""For every price of a byte."""
+FEW_ROUNDS = 8
+"""Where memory has a price, or sums are hidden: how far on, nobody knows."""
+
+HIDDEN = (0.5, 1.0)
+"""Where sums of gradients overlap backward, shares of them that may be hidden: other plans are then the best."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,31 @@ def search(
     limit = memory_limit or setting.machine.memory or inf
     looking = Search(graph, setting, ranks, began + deadline)
     looking.refine()
+    if overlaps(setting, looking.states.hosts.tolist()):
+        for hidden in HIDDEN:
+            looking.refine(hidden=hidden, rounds=FEW_ROUNDS)
     plans = [looking.plan(met) for met in looking.best_that_fit(limit)]
     others = [plan for plan in by_hand(graph, setting, ranks).values() if not isinstance(plan, str)]
     others += [plan for _, plan in uniform_plans(graph, setting, ranks)]
     plans += [plan for plan in others if looking.allows(plan)]
-    best: tuple[Plan, PlanCost] | None = None
-    for least, plan in sorted(((looking.least(plan), plan) for plan in plans), key=lambda entry: entry[0]):
-        if best is not None and least >= best[1].seconds:
-            break
-        cost = price(graph, plan, setting, ranks, looking.states.pricer)
-        if (best is None or cost.seconds < best[1].seconds) and looking.fits(plan, limit):
-            best = plan, cost
-    if best is None:
+    found = _cheapest_that_fits(looking, plans, limit)
+    if found is None:
         raise refusal(graph, setting, ranks, limit)
-    return looking.found(*best, perf_counter() - began)
+    return looking.found(*found, perf_counter() - began)
+
+
+def _cheapest_that_fits(looking: Search, plans: Sequence[Plan], limit: float) -> tuple[Plan, PlanCost] | None:
+    """By the whole price, which is asked for only where a plan may still be the cheapest, as is its memory."""
+    priced: list[tuple[float, int, PlanCost]] = []
+    for least, i in sorted((looking.least(plan), i) for i, plan in enumerate(plans)):
+        while priced and priced[0][0] <= least:
+            _, best, cost = heappop(priced)
+            if looking.fits(plans[best], limit):
+                return plans[best], cost
+        cost = price(looking.graph, plans[i], looking.setting, looking.ranks, looking.states.pricer)
+        heappush(priced, (cost.seconds, i, cost))
+    fitting = ((plans[i], cost) for _, i, cost in sorted(priced, key=lambda e: e[:2]) if looking.fits(plans[i], limit))
+    return next(fitting, None)
 
 
 class Search:
@@ -118,21 +133,20 @@ class Search:
         self._memory: dict[str, np.ndarray] = {}
         self._fitting: dict[tuple[Partition, ...], bool] = {}
 
-    def refine(self, per_byte: float = 0.0, rounds: int = 10**6) -> Met:
-        """The best plan, where memory has a price or none; after some rounds perhaps only nearly."""
-        extra = {group.head: per_byte * self._bytes(group) if per_byte else 0.0 for group in self.groups}
+    def refine(self, per_byte: float = 0.0, hidden: float = 0.0, rounds: int = 10**6) -> Met:
+        """The best plan, where memory has a price or none, and so much of what sums take is hidden; after some rounds
+        perhaps only nearly."""
+        extra = {group.head: self._extra(group, per_byte, hidden) for group in self.groups}
         best, least = Met(inf, {}), inf
         for _ in range(rounds):
-            nodes = {group.head: self._node(group, per_byte, extra[group.head]) for group in self.groups}
+            nodes = {group.head: self._node(group, (per_byte, hidden), extra[group.head]) for group in self.groups}
             bound, states = solve(nodes, self.pairs.tables(), self._memo)
             met, changed = self._meet(states)
             self.rounds += 1
-            paid = met.cost + sum(
-                float(np.broadcast_to(e, len(self.partitions[h]))[states[h]]) for h, e in extra.items()
-            )
+            paid = met.cost + sum(float(added[states[head]]) for head, added in extra.items())
             if paid < least:
                 best, least = met, paid
-            if not per_byte:
+            if not (per_byte or hidden):
                 self.bound = max(self.bound, min(bound, least) + self.setting.machine.step)
             if not changed or least <= bound * (1 + CLOSE):
                 break
@@ -143,20 +157,20 @@ class Search:
 
     def best_that_fit(self, limit: float) -> list[Met]:
         """The best few plans met whose memory is within the limit; memory has a price where the best of all is not."""
-        if self.fits(self.plan(self._cheapest()[0]), limit):
-            return self._cheapest()[:FINALISTS]
-        best = self._cheapest()[0]
+        if self.fits(self.plan(self._cheapest()), limit):
+            return self._finalists(list(self.met.values()))
+        best = self._cheapest()
         rate = best.cost / sum(float(self._bytes(g)[best.states[g.head]]) for g in self.groups) / STEP**2
         lowest, fitting = 0.0, []
         for _ in range(STEPS):
-            met = self.refine(rate, ROUNDS_WITH_LIMIT)
+            met = self.refine(rate, rounds=FEW_ROUNDS)
             if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 break
             lowest, rate = rate, rate * STEP
         for _ in range(HALVINGS if fitting else 0):
             middle = sqrt(lowest * rate) if lowest else rate / STEP
-            met = self.refine(middle, ROUNDS_WITH_LIMIT)
+            met = self.refine(middle, rounds=FEW_ROUNDS)
             if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 rate = middle
@@ -164,7 +178,7 @@ class Search:
                 lowest = middle
         if fitting:
             self.notes.append(f"without a limit of memory {best.cost / min(m.cost for m in fitting):.0%} of the time")
-        return sorted(fitting, key=lambda met: met.cost)[:FINALISTS]
+        return self._finalists(fitting)
 
     def allows(self, plan: Plan) -> bool:
         """Whether it cuts layers along such axes only as the setting says."""
@@ -228,8 +242,21 @@ class Search:
         rows = {head: partitions[met.states[head]] for head, partitions in self.partitions.items()}
         return Plan(chosen(self.graph, self.groups, rows), self.setting.allreduce)
 
-    def _cheapest(self) -> list[Met]:
-        return sorted(self.met.values(), key=lambda met: met.cost)
+    def _finalists(self, plans: Sequence[Met]) -> list[Met]:
+        """The best few, whatever share of their sums is hidden."""
+        found: dict[tuple[int, ...], Met] = {}
+        for hidden in (0.0, *HIDDEN):
+            ordered = sorted(plans, key=lambda met: met.cost - hidden * self._sums(met))
+            found |= {tuple(met.states.values()): met for met in ordered[:FINALISTS]}
+        return list(found.values())
+
+    def _sums(self, met: Met) -> float:
+        return sum(
+            float(self.states.costs(g, self.partitions[g.head])[1].sums[met.states[g.head]]) for g in self.groups
+        )
+
+    def _cheapest(self) -> Met:
+        return min(self.met.values(), key=lambda met: met.cost)
 
     def fits(self, plan: Plan, limit: float) -> bool:
         """Whether its memory is within the limit; looked at once."""
@@ -243,9 +270,15 @@ class Search:
             self._memory[group.head] = bytes_of(self.graph, group, self.partitions[group.head], self.setting)
         return self._memory[group.head]
 
-    def _node(self, group: Group, per_byte: float, extra: np.ndarray | float) -> tuple[Hashable, np.ndarray]:
-        key, costs = self.states.costs(group, self.partitions[group.head])
-        return (key, costs.changes, per_byte), costs.seconds + extra
+    def _extra(self, group: Group, per_byte: float, hidden: float) -> np.ndarray:
+        """What memory costs, less what is hidden of sums, of each state."""
+        _, costs = self.states.costs(group, self.partitions[group.head])
+        bytes_cost = per_byte * self._bytes(group) if per_byte else 0.0
+        return np.asarray(bytes_cost - hidden * costs.sums)
+
+    def _node(self, group: Group, key: Hashable, extra: np.ndarray) -> tuple[Hashable, np.ndarray]:
+        own, costs = self.states.costs(group, self.partitions[group.head])
+        return (own, costs.changes, key), costs.seconds + extra
 
     def _price(self, states: Mapping[str, int]) -> bool:
         """Prices the chosen pairs and partial sums exactly; whether that changed any."""

@@ -18,10 +18,10 @@ from hpctrain.planner.cost import FLOAT64, at_once
 from hpctrain.planner.groups import Group, as_partition, follow
 from hpctrain.planner.layout import Edge, differentiable, kind, layout, layouts
 from hpctrain.planner.plan import Plan
+from hpctrain.planner.priced import priced
 from hpctrain.planner.schedule import Unit, schedule
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds, statistics_seconds
-from hpctrain.planner.transfers import transfer
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
 
@@ -50,8 +50,8 @@ class States:
         self.pricer = Pricer(setting, graph, at_once(setting, ranks))
         self.varied = differentiable(graph)
         self._found: dict[Hashable, Costs] = {}
-        self._sets: dict[Hashable, _Set] = {}
-        self._rates: dict[_Set, float] = {}
+        self._sets: dict[Hashable, _Together] = {}
+        self._distinct: dict[_Set, _Together] = {}
         self._whole = sum(int(np.prod(w.shape)) for _, _, w in graph.weights()) * exact(setting.dtype).itemsize
 
     @cached_property
@@ -141,7 +141,7 @@ class States:
         for weight in node.layer.weights(*node.input_shapes).values():
             mine = block(weight.shape, weight.axes, partitions).prod(1)
             named = {axis for axes in weight.axes for axis in names(axes)}
-            rates = [self._rate(self._set(row, named, False)) for row in partitions]
+            rates = [self._together(row, named, False).rate for row in partitions]
             count += mine
             seconds += mine * exact(self.setting.dtype).itemsize * rates
         return count, seconds
@@ -152,29 +152,29 @@ class States:
         if not axes:
             return np.zeros(len(partitions))
         channels = block(node.shape, node.layer.output_axes(*node.input_shapes), partitions)[:, -1] * FLOAT64
-        found = []
-        for row, size in zip(partitions, channels.tolist(), strict=True):
-            hosts = self._set(row, axes, True).hosts
-            found.append(
-                sum(statistics_seconds(k * size, hosts, self.setting) for k in (3, 2)) if len(hosts) > 1 else 0
-            )
-        return np.array(found)
+        together = [self._together(row, axes, True) for row in partitions]
+        first, each = np.array([t.statistics for t in together]).T
+        return np.asarray(first + each * channels)
 
-    def _set(self, row: np.ndarray, axes: set[str], along: bool) -> _Set:
-        """The ranks that differ in their coordinates `along` these axes, or along all others."""
+    def _together(self, row: np.ndarray, axes: set[str], along: bool) -> _Together:
+        """What ranks take that differ in their coordinates `along` these axes, or along all others."""
         mine = tuple((axis in axes) == along for axis in AXES)
         key = (row.tobytes(), mine)
         if key not in self._sets:
-            self._sets[key] = _set_of(row, mine, self.hosts)
+            found = _set_of(row, mine, self.hosts)
+            if found not in self._distinct:
+                self._distinct[found] = self._of_set(found)
+            self._sets[key] = self._distinct[found]
         return self._sets[key]
 
-    def _rate(self, ranks: _Set) -> float:
-        """Seconds per byte of gradient, where a full bucket is summed, or all at once where backward has ended."""
-        if ranks not in self._rates:
-            several = overlaps(self.setting, self.hosts.tolist())
-            size = max(1, min(self.setting.bucket_bytes, self._whole) if several else self._whole)
-            self._rates[ranks] = allreduce_seconds(size, ranks.hosts, self.setting, ranks.crowd) / size
-        return self._rates[ranks]
+    def _of_set(self, ranks: _Set) -> _Together:
+        several = overlaps(self.setting, self.hosts.tolist())
+        size = max(1, min(self.setting.bucket_bytes, self._whole) if several else self._whole)
+        rate = allreduce_seconds(size, ranks.hosts, self.setting, ranks.crowd) / size
+        if len(ranks.hosts) == 1:
+            return _Together(rate, (0.0, 0.0))
+        gathers = [sum(statistics_seconds(k * n, ranks.hosts, self.setting) for k in (3, 2)) for n in (0, MANY)]
+        return _Together(rate, (gathers[0], (gathers[1] - gathers[0]) / MANY))
 
     # --- partial sums --------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class States:
             return 0.0
         gradient = node.name in self.varied
         edge = Edge(node.name, None, place.output, place.partial, kind(self.graph, node.name), gradient)
-        moved = transfer(edge, self.setting.dtype, self.wire)
+        moved, _ = priced(edge, self.setting.dtype, self.wire)
         return self.setting.parts * (moved.forward + moved.backward)
 
 
@@ -238,6 +238,19 @@ def _peers(row: np.ndarray, axes: Sequence[int], per_host: int) -> tuple[int, in
         offsets = (offsets[:, None] + np.arange(row[i]) * int(row[i + 1 :].prod())).ravel()
     near = int((offsets < per_host).sum())
     return near - 1, len(offsets) - near
+
+
+MANY = 2**20
+"""Bytes of statistics: what gathering takes is a line over them."""
+
+
+class _Together(NamedTuple):
+    """What ranks take together."""
+
+    rate: float
+    """Seconds per byte of gradient, where a full bucket is summed, or all at once where backward has ended."""
+    statistics: tuple[float, float]
+    """Seconds of a norm, and per byte of one number of each of its channels."""
 
 
 class _Set(NamedTuple):
