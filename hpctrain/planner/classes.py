@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from hpctrain.partition import AXES, Partition, names
 from hpctrain.planner.ends import Ends
-from hpctrain.planner.overlaps import Overlaps, group
+from hpctrain.planner.overlaps import Boxes, Overlaps, equal, group
 from hpctrain.planner.sampling import Sample
 from hpctrain.regions import Distribution, touched
 
@@ -180,12 +181,18 @@ def _wishes(ends: Ends, blocks: tuple[int, ...]) -> Wishes:
     return Wishes(starts, stops, outer, found.taking.astype(np.int32))
 
 
+def _as_one(ends: Ends, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks of the first axis alone that cut a single dim of work as `blocks` do: into equal parts of such."""
+    count = prod(blocks)
+    return (count, *(1 for _ in blocks[1:])) if len(ends.work) == 1 and ends.work[0] % count == 0 else blocks
+
+
 class Wanters:
     """Classes of who wants."""
 
     def __init__(self, ends: Ends, blocks: np.ndarray, strides: np.ndarray) -> None:
         self._n, self._blocks, self._strides = ends.shape, blocks, strides
-        self._cuts = [_wishes(ends, tuple(row)) for row in blocks.tolist()]
+        self._cuts = [_wishes(ends, _as_one(ends, tuple(row))) for row in blocks.tolist()]
         self._segments = max(cut.starts.shape[1] for cut in self._cuts)
 
     def at(self, ranks: np.ndarray) -> Wishes:
@@ -208,6 +215,11 @@ class Wanters:
         """What the ranks of each rank's host want, one after the other, and the classes that have so many."""
         return [(self._wishes_at(at, some), some) for at, some in _on_host(self._blocks, self._strides, sample)]
 
+    def largest(self) -> np.ndarray:
+        """The most that is wanted at any coordinate, float64 (classes,)."""
+        sizes = (np.prod((cut.stops - cut.starts).sum(1), axis=0, dtype=np.float64) * cut.taking for cut in self._cuts)
+        return np.array([size.max() for size in sizes])
+
     def all_of(self, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each block (2, dims, classes, ranks), what all take together, how many these are, and how many want just
         that: (classes, classes, ranks).
@@ -227,33 +239,14 @@ def _taken(cut: Wishes, mine: np.ndarray, n: tuple[int, ...]) -> np.ndarray:
     low, high = mine
     if len(n) == 0:
         return np.full((3, *mine.shape[2:]), cut.taking.sum())
-    if len(n) == 1 and cut.starts.shape[1] == 1:
-        covered, begun, ended = _prefixes(cut, n[0])
-        count = np.where(low[0] < high[0], begun[high[0]] - ended[low[0]], 0)
-        return np.stack([covered[high[0]] - covered[low[0]], count, _equal(cut, low[0], high[0])])
+    taking = cut.taking > 0
+    first, last = cut.outer[..., taking]
+    same = equal(n, first, last, low, high)
+    if cut.starts.shape[1] == 1:
+        return np.stack([*Boxes(n, cut.starts[:, 0, taking], cut.stops[:, 0, taking]).common(low, high), same])
     # many ranks, few different blocks
     distinct, which = np.unique(mine.reshape(2 * len(n), -1), axis=1, return_inverse=True)
     boxes: np.ndarray = distinct.reshape(2, len(n), -1, 1)
-    classes = Wishes(*(part[..., None] for part in cut))
-    both, same = common(boxes, classes)[..., 0], alike(boxes, classes)[..., 0]
-    found = np.stack([both.sum(1), (both > 0).sum(1), same.sum(1)])
-    return found[:, which.ravel()].reshape(3, *mine.shape[2:])
-
-
-def _equal(cut: Wishes, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Of one dim: how many coordinates want just the interval [low, high)."""
-    first, last = cut.outer[:, 0][:, cut.taking > 0].astype(np.int64)
-    wide = 2**31
-    known = np.sort(first * wide + last)
-    key = low.astype(np.int64) * wide + high
-    return np.where(low < high, np.searchsorted(known, key, "right") - np.searchsorted(known, key), 0)
-
-
-def _prefixes(cut: Wishes, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each position 0 to n: what is wanted before it, how many wishes begin before it and end there or before."""
-    some = (cut.starts[0, 0] < cut.stops[0, 0]) & (cut.taking > 0)
-    begin = np.bincount(cut.starts[0, 0][some], minlength=n + 1)
-    end = np.bincount(cut.stops[0, 0][some], minlength=n + 1)
-    begun, ended = begin.cumsum() - begin, end.cumsum()
-    depth = (begin - end).cumsum()  # how often each position is wanted
-    return depth.cumsum() - depth, begun, ended
+    both = common(boxes, Wishes(*(part[..., None] for part in cut)))[..., 0]
+    shape = mine.shape[2:]
+    return np.stack([both.sum(1)[which.ravel()].reshape(shape), (both > 0).sum(1)[which.ravel()].reshape(shape), same])
