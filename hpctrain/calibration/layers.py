@@ -95,15 +95,15 @@ class Times:
     def add(self, rehearsal: Rehearsal, taken: np.ndarray) -> None:
         """What steps of a plan took: (steps, ranks, units, 2) seconds.
 
-        Of each unit the median counts, and that of the slowest rank, as others wait for it. What disturbs many steps,
-        each in another unit, medians of units do not show: they are scaled to the median of whole steps. Units that are
-        the same have their mean.
+        Of each unit the median counts, the mean over ranks. What disturbs many steps, each in another unit, medians of
+        units do not show, so they are scaled to the median of whole steps on the rank where that is longest: others
+        wait for it. Units that are the same have their mean.
         """
-        each = np.median(taken, axis=0)
+        units = np.median(taken, axis=0).mean(axis=0)
         steps = np.median(taken.sum(axis=(2, 3)), axis=0)
-        slowest = (each * (steps / each.sum(axis=(1, 2)))[:, None, None]).max(axis=0)
+        units *= steps.max() / units.sum()
         alike: dict[tuple[str, str], list[np.ndarray]] = {}
-        for unit, seconds in zip(rehearsal.schedule.units, slowest, strict=True):
+        for unit, seconds in zip(rehearsal.schedule.units, units, strict=True):
             key = kernel_key(self.graph, unit, self._varied, self.precision, self.backend)
             block = block_name(extent(rehearsal.layouts[unit.head].work.box(0)))
             alike.setdefault((key, block), []).append(seconds)
