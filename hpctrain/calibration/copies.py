@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,14 +19,18 @@ if TYPE_CHECKING:
 
 FLOAT = np.dtype(np.float32)
 
-RUNS = (16, 64, 512, 8192)
+RUNS = (4, 16, 64, 512, 8192)
 """Floats side by side in what a rank reads of another."""
 
-PARTS = (2, 32, 512)
+PARTS = (2, 64, 2048)
 """How many such runs it reads of each other rank."""
 
 MOST = 1 << 23
 """Floats of a rank's block at most."""
+
+
+ITERATIONS = 20
+"""Of a fit."""
 
 
 class Case(NamedTuple):
@@ -95,22 +98,28 @@ def measure(node: MPI.Intracomm, rounds: int) -> Copies | None:
         exchange.free()
     near.free()
     slowest = np.max(node.allgather(taken), axis=0)
-    return _fit(tried, np.median(slowest, axis=0))
-
-
-def _fit(tried: Sequence[Case], seconds: np.ndarray) -> Copies:
-    """alpha, beta and run by least squares, and again without what would be negative."""
     rows = np.array([[1.0, case.nbytes, case.runs] for case in tried for _ in range(2)])
-    scaled = rows / seconds.reshape(-1, 1)
-    keep = [0, 1, 2]
-    while True:
-        fit = np.linalg.lstsq(scaled[:, keep], np.ones(len(rows)), rcond=None)[0]
-        if (fit > 0).all() or len(keep) == 1:
-            break
-        keep.pop(int(np.argmin(fit * scaled[:, keep].mean(axis=0))))
-    found = np.zeros(3)
-    found[keep] = np.maximum(fit, 0.0)
-    return Copies(float(found[0]), max(float(found[1]), 1e-13), float(found[2]))
+    return fit(rows, np.median(slowest, axis=0).ravel())
+
+
+def fit(rows: np.ndarray, seconds: np.ndarray) -> Copies:
+    """alpha, beta and run for transfers (n, 3) of one, bytes and runs that took `seconds` (n,); none is negative.
+
+    Least squares of what is too much and too little alike, as factors: each round divides by the root of time and fit.
+    """
+    keep, scale = [0, 1, 2], 1 / seconds
+    for _ in range(ITERATIONS):
+        found = np.zeros(3)
+        while True:
+            found[keep] = np.linalg.lstsq(rows[:, keep] * scale[:, None], seconds * scale, rcond=None)[0]
+            if (found >= 0).all() or len(keep) == 1:
+                break
+            worst = int(np.argmin(found * rows.mean(axis=0)))
+            keep.remove(worst)
+            found[worst] = 0.0
+        predicted = np.maximum(rows @ found, 1e-9)
+        scale = 1 / np.sqrt(predicted * seconds)
+    return Copies(max(float(found[0]), 0.0), max(float(found[1]), 1e-13), max(float(found[2]), 0.0))
 
 
 def _arrays(case: Case, rank: int, floats: np.ndarray) -> Arrays:

@@ -96,3 +96,17 @@ def test_copies_between_ranks_take_time_by_transfer_and_byte(comm: Any) -> None:
     assert 0 <= found.alpha < 0.1
     every = comm.allgather(found)
     assert all(other == every[0] for other in every)
+
+
+@pytest.mark.parallel(1)
+def test_fit_of_copies_finds_what_made_the_times(comm: Any) -> None:
+    rng = np.random.default_rng(1)
+    rows = np.stack([np.ones(60), 10 ** rng.uniform(1, 8, 60), 10 ** rng.uniform(0, 4, 60)], axis=1)
+    for alpha, beta, run in ((5e-6, 1e-10, 2e-8), (3e-6, 7e-11, 0.0)):
+        seconds = rows @ np.array([alpha, beta, run])
+        found = copies.fit(rows, seconds)
+        assert (found.alpha, found.beta) == pytest.approx((alpha, beta), rel=1e-6)
+        assert found.run == pytest.approx(run, rel=1e-6, abs=1e-15)
+        noisy = copies.fit(rows, seconds * np.exp(rng.normal(0, 0.1, 60)))
+        assert (noisy.alpha, noisy.beta) == pytest.approx((alpha, beta), rel=0.2)
+        assert noisy.run >= 0
