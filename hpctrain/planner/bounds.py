@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpctrain.graph import Node
-from hpctrain.partition import AXES
+from hpctrain.partition import AXES, names
+from hpctrain.planner.classes import Classes, Wanters
 from hpctrain.planner.ends import Ends, parts
-from hpctrain.planner.rows import Classes, Rows, rows
-from hpctrain.planner.sampling import Sample
+from hpctrain.planner.rows import Rows, rows
+from hpctrain.planner.sampling import ALL, Sample
 from hpctrain.planner.wire import Wire
 
 try:
@@ -42,8 +43,11 @@ def pair_bounds(
     """(n, m) float32: for `producer` cut by p (n, 6) and `consumer` by q (m, 6), blocks by AXES, the seconds that the
     forward and (`gradient`) the backward transfer of input `slot` take at least, together.
     """
-    problem = _problem(Ends.between(producer, consumer, slot), p, q, wire, ranks)
-    return _priced(problem, _Prices.of(wire, itemsize, True, gradient))
+    ends, prices = Ends.between(producer, consumer, slot), _Prices.of(wire, itemsize, True, gradient)
+    found = _priced(_problem(ends, p, q, wire, ranks), prices)
+    if ranks > ALL and any(len(part.ends.shape) > 1 for part in parts(ends)):
+        return np.maximum(found, _of_largest(ends, p, q, prices, ranks, wire.per_host))
+    return found
 
 
 def partial_bounds(node: Node, q: np.ndarray, gradient: bool, itemsize: int, wire: Wire, ranks: int) -> np.ndarray:
@@ -155,6 +159,30 @@ class _Moved(NamedTuple):
         return _Moved(*(mine + times * other for mine, other in zip(self, more, strict=True)))
 
 
+def _of_largest(ends: Ends, p: np.ndarray, q: np.ndarray, prices: _Prices, ranks: int, per_host: int) -> np.ndarray:
+    """(n, m) float32: what the rank that wants most takes at least, as each of its host owns no more than the largest
+    block. Of a reshape few ranks want far more than others, and no sample has them.
+    """
+    p, q, most = np.asarray(p, np.int64), np.asarray(q, np.int64), np.ones(len(q))
+    for part in parts(ends):
+        want, which = _classes(q, part.want_axes)
+        most *= Wanters(part.ends, *want.arrays()).largest()[which]
+    block = np.ones(len(p))
+    for n, axes in zip(ends.shape, ends.axes, strict=True):
+        block *= -(-n // p[:, [AXES.index(axis) for axis in names(axes)]].prod(1))
+
+    def messages(alpha: float, beta: float, beside: int) -> np.ndarray:
+        peers = np.maximum(0.0, most / block[:, None] - beside)
+        return alpha * peers + beta * np.maximum(0.0, most - beside * block[:, None])
+
+    near = messages(0.0 if prices.copies else prices.near_alpha, prices.near, 1)
+    if ranks <= per_host:
+        ways = prices.to_wanters + (prices.to_owners and not prices.copies)
+        return np.asarray(ways * near, np.float32)
+    far = messages(prices.far_alpha, prices.far, per_host)
+    return np.asarray((prices.to_wanters + prices.to_owners) * far, np.float32)
+
+
 def _price(problem: _Problem, prices: _Prices, i: int, j: slice) -> np.ndarray:
     """Partition i of the owners with those j of who wants: what the compiled kernel does, in the same order."""
     sample = problem.sample
@@ -169,7 +197,7 @@ def _price(problem: _Problem, prices: _Prices, i: int, j: slice) -> np.ndarray:
 
     def moved(present: np.ndarray, field: str, counts: str, same: str, t: int | None = None) -> _Moved:
         elements = peers = runs = present
-        alike = each(same, t) if prices.copies and prices.run > 0 else repeat(0.0)
+        alike = each(same, t) if sample.runs else repeat(0.0)
         numbers = each(counts) if counts else repeat(None)
         for n, number, just in zip(each(field, t), numbers, alike):  # noqa: B905 (some are endless)
             count: np.ndarray = np.asarray(n > 0 if number is None else number, np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,65 @@ class Overlaps(NamedTuple):
             b = np.arange(len(c)) + np.repeat(first - np.cumsum(count) + count, count)
         n = self.elements(b, c)
         return b[n > 0], c[n > 0], n[n > 0]
+
+
+# --- boxes -----------------------------------------------------------------------------------------------------------
+
+
+class Boxes:
+    """Many boxes in an array of shape n, int (dims, boxes) from `starts` to `stops` within it; those empty count not.
+
+    What they have in common with other boxes is read off sums over all positions before a corner, which take as much
+    memory as the array has elements.
+    """
+
+    def __init__(self, n: Sequence[int], starts: np.ndarray, stops: np.ndarray) -> None:
+        some = (starts < stops).all(axis=0)
+        ends = [(starts[d, some], stops[d, some]) for d in range(len(n))]
+        shape = tuple(extent + 1 for extent in n)
+        depth = np.zeros(shape, np.int64)  # by how many boxes each position is covered, once summed up
+        self._before: list[np.ndarray] = []
+        """For each choice of start or stop per dim, how many boxes have them at a position or before."""
+        self._choices = list(product((0, 1), repeat=len(n)))
+        for choice in self._choices:
+            place = np.ravel_multi_index([end[which] for end, which in zip(ends, choice, strict=True)], shape)
+            count = np.bincount(place, minlength=depth.size).reshape(shape)
+            depth += (-1) ** sum(choice) * count
+            self._before.append(_summed_up(count))
+        self._covered = np.zeros(shape, np.int64)
+        self._covered[(slice(1, None),) * len(n)] = _summed_up(_summed_up(depth)[(slice(-1),) * len(n)])
+
+    def common(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(elements that all have in common with the box [low, high), how many of them meet it); (dims, ...) each."""
+        elements, count = np.zeros((2, *low.shape[1:]), np.int64)
+        for choice, before in zip(self._choices, self._before, strict=True):
+            sign = (-1) ** sum(choice)
+            corner = tuple(low[d] if first else high[d] for d, first in enumerate(choice))
+            elements += sign * self._covered[corner]
+            # a box that meets it starts before its end, and does not stop before its start
+            count += sign * before[tuple(low[d] if first else high[d] - 1 for d, first in enumerate(choice))]
+        some = (low < high).all(axis=0)
+        return np.where(some, elements, 0), np.where(some, count, 0)
+
+
+def _summed_up(found: np.ndarray) -> np.ndarray:
+    """Sums over all positions up to each."""
+    for d in range(found.ndim):
+        found = found.cumsum(axis=d)
+    return found
+
+
+def equal(n: Sequence[int], starts: np.ndarray, stops: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """How many boxes (dims, boxes) are just the box [low, high), in an array of shape n; (dims, ...) each."""
+    extents = np.array(n)[:, None]
+    inside = ((starts >= 0) & (stops <= extents) & (starts < stops)).all(axis=0)
+    known, asked = np.zeros(np.count_nonzero(inside), np.int64), np.zeros(low.shape[1:], np.int64)
+    for d, extent in enumerate(n):
+        for mine, theirs in ((starts, low), (stops, high)):
+            known, asked = known * (extent + 1) + mine[d, inside], asked * (extent + 1) + theirs[d]
+    known.sort()
+    found = np.searchsorted(known, asked, "right") - np.searchsorted(known, asked)
+    return np.where((low < high).all(axis=0), found, 0)
 
 
 # --- coordinates -----------------------------------------------------------------------------------------------------

@@ -24,17 +24,20 @@ class Sample(NamedTuple):
     """The ranks to look at among `ranks` on hosts of `per_host`.
 
     `summed`: the ranks of each host are a block of coordinates, so that what they have together is a product, too.
+    `runs`: it matters in how many runs they copy.
     """
 
     ranks: int
     per_host: int
     summed: bool
+    runs: bool
 
     @classmethod
     def of(cls, ranks: int, wire: Wire, *partitions: np.ndarray) -> Sample:
         """That for the price of edges between `partitions` (any, 6)."""
         several = ranks > wire.per_host
-        return cls(ranks, wire.per_host, several and all(_aligned(blocks, wire.per_host) for blocks in partitions))
+        summed = several and all(_aligned(blocks, wire.per_host) for blocks in partitions)
+        return cls(ranks, wire.per_host, summed, wire.copies and wire.run > 0)
 
     @property
     def several(self) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpctrain.planner.layout import Edge
-from hpctrain.planner.overlaps import Group, Overlaps, coordinates, groups
+from hpctrain.planner.overlaps import Boxes, Group, Overlaps, coordinates, equal, groups
 from hpctrain.planner.wire import Wire
 from hpctrain.regions import Region
 
@@ -238,14 +238,26 @@ def _summed(dims: Sequence[Overlaps], group: Group, index: Sequence[np.ndarray],
         return count, count, count
     if len(group.dims) == 1 and len(group.places[0]) == len(_cut(dims[group.dims[0]], owners)):
         return _summed_pairs(dims[group.dims[0]], group.taking, index[group.dims[0]], owners)
-    mine = np.stack([index[d] for d in group.dims])
-    distinct, which = np.unique(mine, axis=1, return_inverse=True)
+    chosen, at = [dims[d] for d in group.dims], np.stack([index[d] for d in group.dims])
+    if not owners and all(len(dim.starts) == 1 for dim in chosen):
+        return _summed_boxes(chosen, group, at)
+    distinct, which = np.unique(at, axis=1, return_inverse=True)
     found = []
-    for d, at, place in zip(group.dims, distinct, group.places, strict=True):
-        b, c = (place, at[:, None]) if owners else (at[:, None], place)
-        found.append(_meeting(dims[d], b, c))
+    for dim, mine, place in zip(chosen, distinct, group.places, strict=True):
+        b, c = (place, mine[:, None]) if owners else (mine[:, None], place)
+        found.append(_meeting(dim, b, c))
     n, meets, same = ((many @ group.taking.astype(np.int64))[which.ravel()] for many in _joined(found))
     return n, meets, same
+
+
+def _summed_boxes(dims: Sequence[Overlaps], group: Group, index: np.ndarray) -> Factors:
+    """`_summed` over all who want something of several dims."""
+    n = [int(dim.high.max()) for dim in dims]
+    at = [place[group.taking] for place in group.places]
+    first, last = np.stack([dim.outer[:, place] for dim, place in zip(dims, at, strict=True)], 1)
+    low, high = np.stack([np.stack([dim.low[b], dim.high[b]]) for dim, b in zip(dims, index, strict=True)], 1)
+    starts, stops = np.clip([first, last], 0, np.array(n)[:, None])
+    return *Boxes(n, starts, stops).common(low, high), equal(n, first, last, low, high)
 
 
 def _cut(dim: Overlaps, owners: bool) -> np.ndarray:

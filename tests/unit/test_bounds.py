@@ -10,7 +10,7 @@ import pytest
 from networks import CASES, NETWORKS, network, random_partition, random_plan
 
 from hpctrain.graph import Graph, Node
-from hpctrain.layers import Conv, MaxPool
+from hpctrain.layers import Conv, Flatten, MaxPool
 from hpctrain.partition import AXES, Partition
 from hpctrain.planner import bounds
 from hpctrain.planner.ends import Ends, parts
@@ -107,10 +107,11 @@ def test_a_gradient_that_does_not_flow_costs_nothing() -> None:
 
 
 def large() -> Graph:
-    """x -> conv -> strided conv -> pool, with extents that many ranks can cut."""
+    """x -> conv -> strided conv -> pool -> flat, with extents that many ranks can cut."""
     net = Graph()
     x = net.add("wide", Conv(72, kernel=3, padding=1), net.input("x", (36, 61, 47, 24)))
-    net.add("pool", MaxPool(2), net.add("strided", Conv(96, kernel=3, stride=2, padding=1, groups=8), x))
+    x = net.add("pool", MaxPool(2), net.add("strided", Conv(96, kernel=3, stride=2, padding=1, groups=8), x))
+    net.add("flat", Flatten(), x)
     return net
 
 
@@ -119,7 +120,7 @@ def test_of_many_ranks_no_bound_is_above_the_exact_price(
     ranks: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, rng, ratios = large(), np.random.default_rng(seed), []
-    for source, node in ((net["x"], net["wide"]), (net["wide"], net["strided"]), (net["strided"], net["pool"])):
+    for source, node in ((net[node.inputs[0]], node) for node in net if node.inputs):
         wire = random_wire(rng, [4, 6, 8, ranks])
         p, q = (np.array([cut(rng, n, ranks) for _ in range(12)]) for n in (source, node))
         q[:3] = p[:3] if source is not net["x"] else q[:3]
