@@ -25,6 +25,8 @@ from planned import NETWORKS, ROLES
 MEAN, WORST, BEST = 0.08, 0.20, 0.05
 """Largest errors of a step's time: mean and worst; and how much slower than the best plan the planner's may be."""
 
+QUICK = ("vgg11", "cosmoflow")
+
 MORE = (3, 4, 5, 6)
 """Ranks of which the bytes are compared."""
 
@@ -32,13 +34,13 @@ MORE = (3, 4, 5, 6)
 def main() -> None:
     """Run what is asked for: all, or as one of the ranks that this script starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="some of %(default)s")
+    parser.add_argument("--networks", help=f"some of {','.join(NETWORKS)} (default: all, or two in a hurry)")
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds: to see that it runs")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    names = asked.networks.split(",")
+    names = asked.networks.split(",") if asked.networks else list(QUICK if asked.quick else NETWORKS)
     if unknown := set(names) - NETWORKS.keys():
         parser.error(f"--networks {','.join(unknown)}: choose among {','.join(NETWORKS)}")
     if asked.role:

@@ -31,6 +31,7 @@ from hpctrain.models import Sample
 from hpctrain.partition import Partition
 from hpctrain.planner.cost import price
 from hpctrain.planner.plan import Plan, extents, uniform
+from hpctrain.planner.search import search
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planner.setting import Setting
 
@@ -118,7 +119,8 @@ class _Network:
         self.graph = NETWORKS[name].build(NETWORKS[name].quick if quick else NETWORKS[name].batch)
         self.backend = backends.get("native")
         self.backend.use_threads(here.threads)
-        self.times = layers.Times(self.graph, "float32", "native")
+        self.rehearsed: list[list[list[np.ndarray]]] = []
+        """Of each rehearsal, step by step, the seconds of each rank's units."""
         self.update: list[float] = []
         self.taken: dict[str, list[list[float]]] = {}
 
@@ -126,19 +128,19 @@ class _Network:
         """A record for each plan."""
         alone = self.world.comm.Split(self.world.rank, 0)
         asked = layers.plans(self.graph, self.world.size)[: None if self.world.size > 1 else 1]
-        rehearsals = [Rehearsal(self.graph, plan, alone, self.backend, "float32", OPTIM) for plan in asked]
+        self.rehearsals = [Rehearsal(self.graph, plan, alone, self.backend, "float32", OPTIM) for plan in asked]
+        self.rehearsed = [[] for _ in asked]
         self.copies = copies.measure(self.world.node, self.rounds)
+        for rehearsal in self.rehearsals:
+            rehearsal.run()  # memory is touched for the first time
         for _ in range(2):
-            self._rehearse(rehearsals)
-        self.times.clear()  # memory was touched for the first time
-        self.update.clear()
-        self._rehearse(rehearsals)
+            self._rehearse()
         timed, chosen = plans(self.graph, self.world.size), ""
         if self.world.size > 1:
             timed, chosen = self._with_choice(timed)
         sides = {name: self._side(plan) for name, plan in timed.items()}
         for at in range(-1, self.rounds):
-            self._rehearse(rehearsals)
+            self._rehearse()
             for name, side in sides.items():
                 measured = self._step(side)
                 if at >= 0:
@@ -149,18 +151,20 @@ class _Network:
             side.executor.free()
         return records
 
-    def _rehearse(self, rehearsals: Sequence[Rehearsal]) -> None:
-        for rehearsal in rehearsals:
-            self.times.add(rehearsal, np.array(self.world.comm.allgather(rehearsal.run())))
+    def _rehearse(self) -> None:
+        for rehearsal, taken in zip(self.rehearsals, self.rehearsed, strict=True):
+            taken.append(self.world.comm.allgather(rehearsal.run()))
             self.update.append(rehearsal.update)
 
     def _machine(self) -> Machine:
-        measured = self.times.measured()
+        times = layers.Times(self.graph, "float32", "native")
+        for rehearsal, taken in zip(self.rehearsals, self.rehearsed, strict=True):
+            times.add(rehearsal, np.array(taken))
         found = structs.replace(
             self.known,
             copies=self.copies,
-            compute=layers.compute(measured),
-            kernels=self.times.kernels(self.world.node_size),
+            compute=layers.compute(times.measured()),
+            kernels=times.kernels(self.world.node_size),
             update=median(self.update),
         )
         made: Machine = self.world.comm.bcast(found)
@@ -168,13 +172,10 @@ class _Network:
 
     def _with_choice(self, timed: dict[str, Plan]) -> tuple[dict[str, Plan], str]:
         """With the plan that the planner finds, and its name: one of these, where it is that."""
-        try:
-            from hpctrain.planner.search import search
-        except ImportError:
-            return timed, ""
-        found = self.world.comm.bcast(
-            search(self.graph, Setting(self._machine()), self.world.size).plan if self.world.rank == 0 else None
-        )
+        setting = Setting(self._machine())
+        ranks = self.world.size
+        plan = search(self.graph, setting, ranks).plan if self.world.rank == 0 else None
+        found = self.world.comm.bcast(plan)
         same = next((name for name, plan in timed.items() if plan.partitions == found.partitions), None)
         return (timed, same) if same else (timed | {"planner's": found}, "planner's")
 
@@ -236,7 +237,7 @@ def count_bytes(names: Sequence[str], quick: bool, out: Path) -> None:
     here = world.start()
     machine = Machine(copies=copies.Copies(1e-6, 1e-10), compute=layers.Compute(1e11, 1e10))
     records = []
-    for name in names[:2] if quick else names:
+    for name in names[:1] if quick else names:
         graph = NETWORKS[name].build(NETWORKS[name].least)
         for plan_name, plan in plans(graph, here.size).items():
             side = Ours(graph, here.comm, plan)

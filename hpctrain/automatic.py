@@ -25,6 +25,7 @@ from hpctrain.graph import Graph
 from hpctrain.machine import Compute, Copies, Machine
 from hpctrain.planner import plan as plans
 from hpctrain.planner.baselines import baselines
+from hpctrain.planner.compute import FORMULA, INTERPOLATED, MEASURED
 from hpctrain.planner.cost import price
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.search import Found
@@ -33,6 +34,9 @@ from hpctrain.reckoning import Forecast
 
 GUESS = Compute(flops=5e10, bandwidth=1e10, call=2e-5)
 """Of a thread, where nothing was measured: a core of today's servers, by its order of magnitude."""
+
+SOURCES = {MEASURED: "measured", INTERPOLATED: "interpolated", FORMULA: "by formula"}
+"""What a layer's time is."""
 
 GUESSED = "guessed figures"
 
@@ -50,18 +54,20 @@ class Basis:
     guess: bool
     """Whether how fast a rank computes is a guess."""
 
-    @property
-    def source(self) -> str:
-        """Where the figures are from, as the end of a sentence."""
-        compute = self.task.machine.compute
-        if self.guess and compute is not None:
-            return f"by a guess: {compute.flops / 1e9:.0f} GFLOP/s a rank"
-        return f"by {self.task.chosen}"
+    def source(self, plan: Plan, ranks: int) -> str:
+        """Where the figures for a plan on so many ranks are from, as the end of a sentence."""
+        found, chosen = self.task.machine, self.task.chosen
+        if self.guess and found.compute is not None:
+            return f"by a guess: {found.compute.flops / 1e9:.0f} GFLOP/s a rank"
+        how = Counter(self.task.sources(plan, ranks).values())
+        layers = ", ".join(f"{how[source]} {said}" for source, said in SOURCES.items() if how[source])
+        measured = f", {'measured' if found.library else 'figures of'} {found.date}" if found.date else ""
+        return f"by {chosen.name}{measured}; layers: {layers}"
 
     def forecast(self, plan: Plan, ranks: int) -> Forecast:
         """What a step takes by `plan` on so many ranks."""
         cost = price(self.task.graph, plan, self.task.setting, ranks)
-        return Forecast.of(cost, self.task.machine, self.source, self.guess)
+        return Forecast.of(cost, self.task.machine, self.source(plan, ranks), self.guess)
 
 
 def basis(world: World, config: Config, data: Dataset, graph: Graph, around: Surroundings) -> Basis | None:
@@ -122,10 +128,8 @@ def find(world: World, found: Basis | None, ranks: int, copies: int, resume: Pat
     with all_ranks(comm):
         if found is not None:
             plan = _kept(found, resume, world.size, copies) or _searched(found, ranks)
-    plan = comm.bcast(plan)
-    if plan is None:
-        raise PlanError("rank 0 found no plan and said nothing; this is a bug, please report it")
-    return plan
+    common: Plan = comm.bcast(plan)
+    return common
 
 
 def find_for(world: World, config: Config, data: Dataset, graph: Graph) -> Plan:
@@ -161,7 +165,7 @@ def _searched(found: Basis, ranks: int) -> Plan:
     others = baselines(task.graph, task.setting, ranks)
     seconds = {name: each[1].seconds for name, each in others.items() if not isinstance(each, str)}
     plan, asked = best.plan, task.config.plan.allreduce
-    source = f"predicted {found.source}{f' ({CALIBRATE})' if found.guess else ''}"
+    source = f"predicted {found.source(plan, ranks)}{f' ({CALIBRATE})' if found.guess else ''}"
     notes = (describe(best, seconds, ranks), source, *best.notes, *plan.notes)
     return replace(plan, allreduce=asked if asked is not None else plan.allreduce, notes=notes)
 

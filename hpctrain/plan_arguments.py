@@ -67,7 +67,7 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=_count, metavar="B", help="samples of a step, instead of train.batch")
     sub.add_argument("--sweep", type=_range, metavar="A..B", help="also how a step scales, from A to B ranks")
     objectives = ("time", "energy", "cost")
-    sub.add_argument("--objective", choices=objectives, help="of which the best number of ranks has least for a sample")
+    sub.add_argument("--objective", choices=objectives, help="most samples per second, per joule, or per price")
     sub.add_argument("--memory", type=_gib, metavar="GIB", help="of a rank, instead of what the machine's file says")
     sub.add_argument("--grids", choices=("all",), help="instead, every Pr x Pc that is the same for all layers")
     sub.add_argument("--per", choices=("step", "epoch"), default="step", help="seconds of grids and records")

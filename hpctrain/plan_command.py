@@ -191,11 +191,17 @@ class Planning:
         limit = task.limit(ranks)
         _say(f"memory of a rank: {need}{f', of {mib(int(limit))}' if limit else ''}")
         _say(_proof(found))
+        if plan.ranks < ranks:
+            _say(f"the plan uses {plan.ranks} of the {ranks} ranks; the others idle")
+        if task.chosen.here and (most := task.chosen.most_ranks) is not None and ranks > most:
+            _say(f"{ranks} ranks would share the {most} cores of this machine: times are those of a core for each")
         for note in (*found.notes, *plan.notes):
             _say(note)
         if options.trace is not None:
-            trace.write(simulate(task.graph, plan, task.setting), options.trace)
-            _say(f"one step, simulated, in {options.trace}: open it at https://ui.perfetto.dev")
+            timeline = simulate(task.graph, plan, task.setting, ranks=ranks)
+            trace.write(timeline, options.trace)
+            taken = layers.seconds(timeline.seconds)
+            _say(f"a step simulated, of {taken}, in {options.trace}: open it at https://ui.perfetto.dev")
         if options.out is not None:
             write_atomic(options.out, plan.to_json().encode())
             _say(f"plan written to {options.out}")

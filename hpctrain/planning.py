@@ -118,7 +118,15 @@ class Task:
         """As a run by the config goes about it."""
         whole = Plan({node.name: Partition() for node in self.graph})
         economy = memory.economy(self.config, self.graph, whole)
-        return replace(Setting.of(self.config, self.chosen.machine), economy=economy)
+        setting = Setting.of(self.config, self.chosen.machine)
+        return replace(setting, economy=economy, save_every=self._save_every)
+
+    @property
+    def _save_every(self) -> int:
+        """Steps between checkpoints, 0 for none but the last."""
+        saved = self.config.checkpoint
+        steps = [saved.every_steps, saved.every_epochs * (self.data.samples // self.batch)]
+        return min(filter(None, steps), default=0)
 
     @property
     def machine(self) -> Machine:

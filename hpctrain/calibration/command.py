@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from hpctrain import backends, machine, models, prepare, summation
+from hpctrain.backends.base import Backend
 from hpctrain.bench import PEER, Options, Ranks, bytes_text, records_of, time_text
-from hpctrain.calibration import copies, layers
+from hpctrain.calibration import copies, layers, storage
 from hpctrain.comm.allreduce import choose, measure
 from hpctrain.comm.world import World, all_ranks
 from hpctrain.config import Config, Optim
 from hpctrain.console import Console, print_json, wrapped
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.files import write_atomic
 from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
@@ -38,11 +40,10 @@ class Wanted(NamedTuple):
 
     graph: Graph
     precision: str
-    backend: str
-    exact: bool
+    backend: Backend
     rules: Optim
-    named: bool
-    """Whether the user named it: its layers are then written, not only what follows for others."""
+    data: Dataset | None = None
+    """Where they are here."""
 
 
 def run(world: World, request: RunRequest | None, options: Options, out: Path | None) -> int:
@@ -51,69 +52,76 @@ def run(world: World, request: RunRequest | None, options: Options, out: Path | 
     with all_ranks(world.comm):
         if world.rank == 0:
             old = machine.load(path) or old
-        wanted = _network(None if request is None else request.load(), options.quick)
-        backend = backends.get(wanted.backend, wanted.exact)
-    backend.use_threads(world.threads)
+        config = None if request is None else request.load()
+        wanted = _wanted(config, options.quick)
+    wanted.backend.use_threads(world.threads)
     with Ranks(world) as ranks:
         threads = f"{world.threads} thread{'s' * (world.threads > 1)} each"
         console.note(wrapped(f"{ranks}, {threads}, {world.library}; to {path}"))
         found, records = sums(world, ranks, options, console)
-    near = copies.measure(world.node, 3 if options.quick else ROUNDS)
-    if near is not None:
-        console.note(f"reading of a host's memory: {time_text(near.alpha)} each, {1e-9 / near.beta:.2f} GB/s")
-    asked = layers.plans(wanted.graph, world.size)
-    rehearsed = layers.rehearse(
-        world.comm,
-        wanted.graph,
-        asked[:2] if options.quick else asked,
-        backend,
-        wanted.precision,
-        wanted.rules,
-        SECONDS,
-        1 if options.quick else None,
-    )
-    measured = rehearsed.times.measured()
-    compute = layers.compute(measured)
-    kernels = rehearsed.times.kernels(world.node_size) if wanted.named else ()
-    off = layers.deviation(compute, measured)
-    console.note(
-        f"{len(kernels)} layers on {sum(len(k.blocks) for k in kernels)} blocks"
-        + (f", {rehearsed.left_out} plans left out for want of time" if rehearsed.left_out else "")
-    )
-    console.note(
-        f"other layers by formula: {compute.flops / 1e9:.1f} GFLOP/s, {compute.bandwidth / 1e9:.1f} GB/s; "
-        f"here it is off by {100 * (off - 1):.0f} %"
-    )
-    step = agreement(world, 5 if options.quick else ROUNDS)
-    found = replace(
-        found,
-        copies=near,
-        compute=compute,
-        kernels=_with_blocks_of(old, kernels),
-        update=rehearsed.update,
-        step=step,
-        date=date.today().isoformat(),
-        per_host=world.node_size if world.node_size < world.size else None,
-        source=_sources(world, kernels),
-    )
+    found = _with_layers(_with_copies(found, world, options, console), world, wanted, options, console)
+    if old.library == found.library:
+        found = replace(found, kernels=_with_blocks_of(old, found.kernels))
+    if config is None:
+        found = replace(found, kernels=())  # of a network that nobody runs
+    elif wanted.data is not None:
+        found = replace(found, storage=storage.measure(world.comm, config, wanted.data))
     with all_ranks(world.comm):
         if world.rank == 0:
-            _write(path, old.updated(found))
+            _write(path, old.updated(replace(found, source=_sources(world, found))))
     if options.json and world.rank == 0:
         print_json("calibrate", records)
     return 0
 
 
-def _network(config: Config | None, quick: bool) -> Wanted:
-    """That of the config; without one a small one, of which only the speeds that its layers reach are of use."""
+def _wanted(config: Config | None, quick: bool) -> Wanted:
+    """What the config runs; without one a small network, of which only the speeds that its layers reach are of use."""
     if config is None:
         sample = models.Sample((28, 28, 1) if quick else (32, 32, 3), classes=10)
         graph = models.build("lenet" if quick else "resnet18", 16, sample, {} if quick else {"stem": "cifar"})
-        return Wanted(graph, "float32", "native", False, Optim(lr=0.1, momentum=0.9), False)
-    alone = prepare.of_replica(config, prepare.replicas(config))
-    graph = prepare.build_graph(alone, prepare.known_data(alone))
-    rules, train = summation.optimizer_config(config), config.train
-    return Wanted(graph, train.precision, train.backend, train.exact, rules, True)
+        return Wanted(graph, "float32", backends.get("native"), Optim(lr=0.1, momentum=0.9))
+    alone, train = prepare.of_replica(config, prepare.replicas(config)), config.train
+    data = prepare.known_data(alone)
+    return Wanted(
+        prepare.build_graph(alone, data),
+        train.precision,
+        backends.get(train.backend, train.exact),
+        summation.optimizer_config(config),
+        data if isinstance(data, Dataset) else None,
+    )
+
+
+def _with_copies(found: Machine, world: World, options: Options, console: Console) -> Machine:
+    near = copies.measure(world.node, 3 if options.quick else ROUNDS)
+    if near is not None:
+        console.note(f"reading of a host's memory: {time_text(near.alpha)} each, {1e-9 / near.beta:.2f} GB/s")
+    step = agreement(world, 5 if options.quick else ROUNDS)
+    per_host = world.node_size if world.node_size < world.size else None
+    return replace(found, copies=near, step=step, date=date.today().isoformat(), per_host=per_host)
+
+
+def _with_layers(found: Machine, world: World, wanted: Wanted, options: Options, console: Console) -> Machine:
+    asked = layers.plans(wanted.graph, world.size)
+    rehearsed = layers.rehearse(
+        world.comm,
+        wanted.graph,
+        asked[:2] if options.quick else asked,
+        wanted.backend,
+        wanted.precision,
+        wanted.rules,
+        SECONDS,
+        1 if options.quick else None,
+    )
+    measured, kernels = rehearsed.times.measured(), rehearsed.times.kernels(world.node_size)
+    compute = layers.compute(measured)
+    left_out = f"; {rehearsed.left_out} plans left out for want of time" if rehearsed.left_out else ""
+    console.note(f"{len(kernels)} layers on {sum(len(kernel.blocks) for kernel in kernels)} blocks{left_out}")
+    off = layers.deviation(compute, measured)
+    console.note(
+        f"other layers by formula: {compute.flops / 1e9:.1f} GFLOP/s, {compute.bandwidth / 1e9:.1f} GB/s; "
+        f"for these it is off by {100 * (off - 1):.0f} %"
+    )
+    return replace(found, compute=compute, kernels=kernels, update=rehearsed.update)
 
 
 def sums(world: World, ranks: Ranks, options: Options, console: Console) -> tuple[Machine, list[dict[str, Any]]]:
@@ -153,10 +161,10 @@ def _with_blocks_of(old: Machine, kernels: Sequence[Kernel]) -> tuple[Kernel, ..
     return tuple(replace(k, blocks=known.get((k.key, k.at_once), {}) | k.blocks) for k in kernels)
 
 
-def _sources(world: World, kernels: Sequence[Kernel]) -> dict[str, str]:
-    how = f"hpctrain calibrate on {world.size} ranks of {world.threads} threads, {date.today().isoformat()}"
-    fields = ("node", "network", "tables", "copies", "compute", "update", "step", *(["kernels"] if kernels else []))
-    return dict.fromkeys(fields, how)
+def _sources(world: World, found: Machine) -> dict[str, str]:
+    how = f"hpctrain calibrate on {world.size} ranks of {world.threads} threads, {found.date}"
+    fields = ("node", "network", "tables", "copies", "compute", "kernels", "update", "step", "storage")
+    return {field: how for field in fields if getattr(found, field)}
 
 
 def _said(what: str, level: Level) -> str:

@@ -93,9 +93,17 @@ class Times:
         self._units: dict[str, Unit] = {}
 
     def add(self, rehearsal: Rehearsal, taken: np.ndarray) -> None:
-        """What one step took: (ranks, units, 2) seconds. Units that are the same count as their mean."""
+        """What steps of a plan took: (steps, ranks, units, 2) seconds.
+
+        Of each unit the median counts, the mean over ranks. What disturbs many steps, each in another unit, medians of
+        units do not show, so they are scaled to the median of whole steps on the rank where that is longest: others
+        wait for it. Units that are the same have their mean.
+        """
+        units = np.median(taken, axis=0).mean(axis=0)
+        steps = np.median(taken.sum(axis=(2, 3)), axis=0)
+        units *= steps.max() / units.sum()
         alike: dict[tuple[str, str], list[np.ndarray]] = {}
-        for unit, seconds in zip(rehearsal.schedule.units, taken.swapaxes(0, 1), strict=True):
+        for unit, seconds in zip(rehearsal.schedule.units, units, strict=True):
             key = kernel_key(self.graph, unit, self._varied, self.precision, self.backend)
             block = block_name(extent(rehearsal.layouts[unit.head].work.box(0)))
             alike.setdefault((key, block), []).append(seconds)
@@ -103,14 +111,10 @@ class Times:
         for (key, block), several in alike.items():
             self._found.setdefault(key, {}).setdefault(block, []).append(np.mean(several, axis=0))
 
-    def clear(self) -> None:
-        """Forget them."""
-        self._found.clear()
-
     def blocks(self, key: str) -> dict[str, Pair]:
-        """{block: seconds} of a unit: the medians of the rank that is slowest by these, as others wait for it."""
-        slowest = {block: np.median(taken, axis=0).max(axis=0) for block, taken in self._found[key].items()}
-        return {block: (_rounded(forward), _rounded(backward)) for block, (forward, backward) in slowest.items()}
+        """{block: seconds} of a unit, the median over the plans that have it."""
+        found = {block: np.median(taken, axis=0).tolist() for block, taken in self._found[key].items()}
+        return {block: (_rounded(forward), _rounded(backward)) for block, (forward, backward) in found.items()}
 
     def kernels(self, at_once: int) -> tuple[Kernel, ...]:
         """All units, as a machine's file has them."""
@@ -161,9 +165,11 @@ def rehearse(
         started, share = perf_counter(), left / (len(asked) - done)
         rehearsal = Rehearsal(graph, plan, alone, backend, precision, rules)
         comm.allgather(rehearsal.run())
+        taken = []
         for _ in range(rounds or _rounds(comm.bcast(perf_counter() - started), share)):
-            times.add(rehearsal, np.array(comm.allgather(rehearsal.run())))
+            taken.append(comm.allgather(rehearsal.run()))
             updates.append(rehearsal.update)
+        times.add(rehearsal, np.array(taken))
         done += 1
         longest = max(longest, perf_counter() - started)
     alone.Free()

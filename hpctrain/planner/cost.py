@@ -23,7 +23,7 @@ from hpctrain.planner.schedule import schedule
 from hpctrain.planner.seconds import LayerCost, PlanCost
 from hpctrain.planner.setting import Setting
 from hpctrain.planner.sums import allreduce_seconds, members, statistics_seconds
-from hpctrain.planner.weights import weights
+from hpctrain.planner.weights import Weights, weights
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
 
@@ -72,9 +72,10 @@ class _Pricing:
             parts,
             allreduce=sum(s.seconds for s in sums),
             hidden=self._hidden(sums) if self._overlaps() else 0.0,
-            update=self._updated_bytes() * machine.update,
+            update=self._held().updated * exact(self.setting.dtype).itemsize * machine.update,
             input=0.0 if machine.storage is None else parts * self._input_bytes() / machine.storage.read,
             step=machine.step,
+            checkpoint=self._checkpoint(),
         )
 
     def _compute(self) -> None:
@@ -166,10 +167,17 @@ class _Pricing:
             done = max(done, ended[each.after]) + each.seconds
         return sum(s.seconds for s in sums) - max(0.0, done - now)
 
-    def _updated_bytes(self) -> int:
-        setting = self.setting
-        held = weights(self.places, 0, self.hosts, setting.shard, setting.share_weights)
-        return held.updated * exact(setting.dtype).itemsize
+    def _held(self) -> Weights:
+        return weights(self.places, 0, self.hosts, self.setting.shard, self.setting.share_weights)
+
+    def _checkpoint(self) -> float:
+        """Of rank 0, the first replica of all that it holds: it writes weights and what the optimizer keeps of them."""
+        setting, storage = self.setting, self.setting.machine.storage
+        if storage is None or not setting.save_every:
+            return 0.0
+        held = self._held()
+        numbers = held.used + setting.optimizer_arrays * held.updated
+        return numbers * exact(setting.dtype).itemsize / storage.write / setting.save_every
 
     def _input_bytes(self) -> int:
         inputs = [place for place in self.places.values() if isinstance(place.node.layer, Input)]

@@ -160,17 +160,17 @@ def _why(points: Sequence[Point], chosen: Point, objective: str, machine: Machin
     fewer = [p for p in points if p.ranks < chosen.ranks]
     more = [p for p in points if p.ranks > chosen.ranks]
     if fewer:
-        reasons.append(f"{fewer[-1].ranks} {_less(fewer[-1], best, objective, machine)}")
+        reasons.append(f"{fewer[-1].ranks}: {_less(fewer[-1], best, objective, machine)}")
     if more:
         better = max(more, key=lambda p: p.gain(objective, machine))
         gained = better.gain(objective, machine) / best - 1
         slower = better.throughput <= chosen.throughput
         if 0 < gained <= tolerance:
-            reasons.append(f"{better.ranks} only {100 * gained:.1g} % more, less than {100 * tolerance:g} %")
+            reasons.append(f"{better.ranks}: only {100 * gained:.1g} % more, less than {100 * tolerance:g} %")
         elif slower and objective != "time":
             reasons.append(f"{better.ranks} would slow the step down")
         else:
-            reasons.append(f"{better.ranks} {_less(better, best, objective, machine)}")
+            reasons.append(f"{better.ranks}: {_less(better, best, objective, machine)}")
     else:
         reasons.append(f"more than {chosen.ranks} were not tried")
     return f"{said}; {', '.join(reasons)}"

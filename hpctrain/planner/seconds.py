@@ -67,6 +67,8 @@ class PlanCost:
     update: float = 0.0
     input: float = 0.0
     step: float = 0.0
+    checkpoint: float = 0.0
+    """A step's share of what writing them takes."""
 
     @cached_property
     def compute(self) -> float:
@@ -98,6 +100,7 @@ class PlanCost:
             "update": self.update,
             "input": self.input,
             "step": self.step,
+            "checkpoint": self.checkpoint,
         }
 
     @property

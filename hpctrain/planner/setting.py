@@ -35,6 +35,8 @@ class Setting:
     """Whether gradients are summed while backward goes on; None: where ranks are on several hosts."""
     allreduce: str | None = None
     """The algorithm; None: as `comm.allreduce.choose` chooses it."""
+    save_every: int = 0
+    """Steps from one checkpoint to the next, whose writing counts; 0: never."""
     fewer: Fewer = "head"
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """{kind of layer: axes that it may be cut along}; all where a kind is absent."""
@@ -55,8 +57,8 @@ class Setting:
             int(plan.bucket_mib * 2**20),
             plan.overlap,
             plan.allreduce,
-            plan.fewer,
-            dict(plan.only),
+            fewer=plan.fewer,
+            only=dict(plan.only),
         )
 
     @property

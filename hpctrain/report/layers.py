@@ -15,6 +15,8 @@ from hpctrain.planner.seconds import LayerCost, PlanCost
 MANY = 40
 """Lines above which neighbours are put into one."""
 
+HOUR = 3600.0
+
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 COLUMNS = ("compute", "halo", "redistribution", "allreduce", "memory")
@@ -163,7 +165,9 @@ def number(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """With the unit that suits it: "1.23 ms"."""
+    """With the unit that suits it: "1.23 ms", "3.4 h"."""
+    if value >= 2 * HOUR:
+        return f"{number(value / HOUR)} h"
     unit = best_unit(value)
     return f"{number(value / UNITS[unit])} {unit}"
 

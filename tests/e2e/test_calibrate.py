@@ -87,7 +87,7 @@ def test_calibration_is_written_and_used(tmp_path: Path) -> None:
     assert 0 < found.update < 1e-6
     assert 0 < found.step < 1
     assert found.kernels == ()  # nobody asked for a network
-    assert found.source.keys() == {"node", "network", "tables", "copies", "compute", "update", "step"}
+    assert found.source.keys() == {"node", "tables", "copies", "compute", "update", "step"}
     (table,) = found.tables
     assert table.hosts == (0, 0)
     assert {(r["algorithm"], r["bytes"]): r["seconds"] for r in records} == {
@@ -118,12 +118,25 @@ def test_layers_of_a_config_are_measured_and_priced(tmp_path: Path) -> None:
         for unit in schedule(graph, places, setting.economy).units:
             assert pricer.source(unit, extent(places[unit.head].work.box(0))) == MEASURED
         assert 0 < price(graph, plan, setting, 2).seconds < 1
+    assert found.storage is None
     results(run(2, "calibrate", config, "train.batch=14", "--quick", "--json", "-o", path))
     more = read(path)
     assert {kernel.key for kernel in more.kernels} == {kernel.key for kernel in found.kernels}
     assert all(
         kernel.blocks.keys() < other.blocks.keys() for kernel, other in zip(found.kernels, more.kernels, strict=True)
     )
+
+
+def test_where_the_data_are_their_speed_is_measured(tmp_path: Path) -> None:
+    make_digits(tmp_path)
+    config = runs.write_config(tmp_path / "run.toml", tmp_path, tmp_path / "run", "batch = 2")
+    path = tmp_path / "machine.json"
+    results(run(2, "calibrate", config, "--quick", "--json", "--out", path))
+    found = read(path).storage
+    assert found is not None
+    assert 1e5 < found.read < 1e12
+    assert 1e5 < found.write < 1e12
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

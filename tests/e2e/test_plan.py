@@ -12,8 +12,9 @@ from typing import Any
 import launching
 import pytest
 import runs
+from msgspec.structs import replace
 
-from hpctrain import cli, machine
+from hpctrain import cli, launch, machine
 from hpctrain.data.make.digits import make_digits
 from hpctrain.machine import Compute, Copies, Level, Machine
 from hpctrain.partition import Partition
@@ -97,6 +98,16 @@ def test_plan_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "plan.json" in ended.stdout
 
 
+def test_commands_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = re.findall(r"^hpctrain plan (run\.toml.*?) *(?:#.*)?$", readme, re.M)
+    assert len(lines) == 2
+    for line in lines:
+        assert plan(*shlex.split(line)) == 0
+    assert "64" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"run.toml", "toy.json", "plan.json", "scaling.png"}
+
+
 def test_no_mpi_is_loaded(folder: Path) -> None:
     """Whatever is asked for."""
     code = (
@@ -161,7 +172,7 @@ def test_best_number_of_ranks_is_that_of_the_sweep(folder: Path, capsys: pytest.
     assert chosen["ranks"] == 4 == max(points, key=lambda r: r["samples_per_second"])["ranks"]
     assert points[0]["efficiency"] == 1.0
     said = " ".join(text.split())
-    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2 .* less, (8|16) .* less", said)
+    assert re.search(r" 4 ranks: [\d.,]+ samples per second; 2: .* less, (8|16): .* less", said)
     assert text.splitlines()[-2].startswith("srun -n 4 hpctrain train run.toml plan.grid=auto plan.machine=slow.json")
     assert plan("run.toml", "--machine", "slow.json", "--sweep", "1..16") == 0
     table = capsys.readouterr().out
@@ -306,6 +317,16 @@ def test_unmeasured_machine_names_what_can_be_done(
     text = capsys.readouterr().err
     assert "perlmutter-gpu" in text
     assert text.strip().splitlines()[-1].endswith("calibrate run.toml")
+
+
+def test_more_ranks_than_cores_here_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "toy.json").write_bytes(machine.encode(replace(FIGURES, per_host=None, hosts=None)))
+    monkeypatch.setattr(launch, "cores", lambda: 2)
+    for ranks, said in (("3", 1), ("2", 0)):
+        assert plan("run.toml", "--ranks", ranks) == 0
+        assert capsys.readouterr().out.count("would share the 2 cores of this machine") == said
 
 
 def test_one_sample_on_many_ranks_is_planned_by_other_axes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,12 @@ from hpctrain.config import AUTO, Config, Data, Model, Optim, Run, Train
 from hpctrain.config import Plan as ConfiguredPlan
 from hpctrain.errors import ConfigError
 from hpctrain.graph import Graph
-from hpctrain.machine import Compute, Level, Machine, Table
+from hpctrain.machine import Compute, Kernel, Level, Machine, Table
 from hpctrain.partition import Partition
+from hpctrain.planner.compute import kernel_key
+from hpctrain.planner.layout import differentiable, layouts
 from hpctrain.planner.plan import uniform
+from hpctrain.planner.schedule import LEAN, schedule
 from hpctrain.planner.search import Found
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planning import Chosen, Task
@@ -86,6 +89,22 @@ def test_ranks_lie_as_they_do_in_the_run() -> None:
     assert (found.per_host, found.hosts) == (3, None)
     assert found.layout(6) == (0, 0, 0, 1, 1, 1)
     assert (found.node, found.network) == (LEVEL, choose.NETWORK)
+
+
+def test_it_is_said_how_many_layers_were_measured() -> None:
+    """Of this network, by this plan: a file may be full of others."""
+    graph = net("lenet")
+    halves = uniform(graph, Partition(batch=2))
+    units, varied = schedule(graph, layouts(graph, halves), LEAN).units, differentiable(graph)
+    keys = {unit.head: kernel_key(graph, unit, varied, "float32", "native") for unit in units}
+    blocks = {"conv1": "4x28x28x6x1", "pool1": "4x14x14x6", "fc1": "8x120x400"}
+    known = [Kernel(keys[name], 1, {block: (1e-3, 1e-3)}) for name, block in blocks.items()]
+    found = Machine("here", date="2026-01-02", compute=GUESS, kernels=(*known, Kernel("another", 1, {"1": (1.0, 1.0)})))
+    task = Task(config(), None, graph, Chosen(found, "this machine", True), None)  # type: ignore[arg-type]
+    said = automatic.Basis(task, guess=False).source(halves, 2)
+    # nine run, of which a dense layer was measured on the whole batch only
+    assert said == "by this machine, measured 2026-01-02; layers: 2 measured, 1 interpolated, 6 by formula"
+    assert automatic.Basis(task, guess=True).source(halves, 2) == "by a guess: 50 GFLOP/s a rank"
 
 
 def test_what_is_said_of_a_plan() -> None:

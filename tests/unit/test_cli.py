@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["demo", "--help"],
             ["train", "--help"],
             ["verify", "--help"],
+            ["plan", "--help"],
             ["data", "--help"],
             ["data", "make", "--help"],
         ),

@@ -165,3 +165,11 @@ def test_more_bandwidth_never_costs() -> None:
     for grid in grids:
         slow, fast = (cost(graph, grid, changed(FAR, network=Level(1e-6, beta, 0.0))).seconds for beta in (1e-8, 1e-9))
         assert fast < slow
+
+
+def test_a_step_has_its_share_of_the_next_checkpoint() -> None:
+    """10 x 4 weights and their momentum at 1 MB/s, every 5 steps; each of 2 ranks of a cut by channel writes half."""
+    graph = dense(6, 10, 4)
+    assert cost(graph, {}, save_every=5).checkpoint == pytest.approx(2 * 160 / 1e6 / 5)
+    assert cost(graph, {"channel": 2}, save_every=5).checkpoint == pytest.approx(160 / 1e6 / 5)
+    assert cost(graph, {}).checkpoint == 0

@@ -40,7 +40,7 @@ def test_published_choice_of_devices() -> None:
     """Shin et al. 2019, table 2: 2244 images per second expected of 1 device, 1491 of 4; 1 is taken."""
     found = scaled({1: 128 / 2244, 4: 128 / 1491})
     assert found.chosen.ranks == 1
-    assert "2,244 samples per second; 4 34 % less" in found.why
+    assert "2,244 samples per second; 4: 34 % less" in found.why
 
 
 def test_energy_by_hand() -> None:
