@@ -213,6 +213,8 @@ def _roughly(graph: Graph, plan: Plan, setting: Setting, several_hosts: bool) ->
     size = setting.dtype.itemsize
     for node in graph:
         for slot, source in enumerate(node.inputs):
+            if plan.partitions[source] == plan.partitions[node.name]:
+                continue
             total += float(moved_bytes(node, slot, rows[source], rows[node.name], size, several_hosts)[0, 0])
     return total
 

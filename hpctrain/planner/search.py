@@ -84,7 +84,7 @@ def search(
     Raises PlanError where nothing fits, with what would; and where a layer can be cut in no way that is allowed.
     """
     began = perf_counter()
-    limit = memory_limit or setting.machine.memory or inf
+    limit = memory_limit if memory_limit is not None else setting.machine.memory or inf
     looking = Search(graph, setting, ranks, began + deadline)
     looking.refine()
     if overlaps(setting, looking.states.hosts.tolist()):
