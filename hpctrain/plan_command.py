@@ -193,6 +193,8 @@ class Planning:
         _say(_proof(found))
         if plan.ranks < ranks:
             _say(f"the plan uses {plan.ranks} of the {ranks} ranks; the others idle")
+        if task.chosen.here and (most := task.chosen.most_ranks) is not None and ranks > most:
+            _say(f"{ranks} ranks would share the {most} cores of this machine: times are those of a core for each")
         for note in (*found.notes, *plan.notes):
             _say(note)
         if options.trace is not None:

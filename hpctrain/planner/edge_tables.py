@@ -12,6 +12,7 @@ from hpctrain.graph import Node
 from hpctrain.planner.bounds import pair_bounds
 from hpctrain.planner.groups import Group, as_partition, follow
 from hpctrain.planner.layout import Edge, kind, useful
+from hpctrain.planner.limits import moved_bytes
 from hpctrain.planner.priced import priced
 from hpctrain.planner.states import States
 from hpctrain.regions import Distribution, Wanted, wanted
@@ -50,6 +51,7 @@ class Pairs:
         self.links = list(self._links())
         self._useful = useful(self.graph)
         self._tables: dict[Hashable, Table] = {}
+        self._memory: dict[Hashable, np.ndarray] = {}
         self._have: dict[Hashable, Distribution] = {}
         self._want: dict[Hashable, Wanted] = {}
         self._of = {link: self._table(link) for link in self.links}
@@ -67,13 +69,24 @@ class Pairs:
         """(key, table) of a link."""
         return self._of[link]
 
-    def tables(self) -> dict[tuple[str, str], list[tuple[Hashable, np.ndarray]]]:
-        """All of them, as `eliminate.solve` takes them."""
+    def tables(self, per_byte: float = 0.0) -> dict[tuple[str, str], list[tuple[Hashable, np.ndarray]]]:
+        """All of them, as `eliminate.solve` takes them, with a price of the memory that exchanges need."""
         found: dict[tuple[str, str], list[tuple[Hashable, np.ndarray]]] = {}
         for link in self.links:
             key, table = self._of[link]
-            found.setdefault((link.producer, link.consumer), []).append(((key, table.changes), table.seconds))
+            paid = table.seconds if per_byte == 0 else table.seconds + np.float32(per_byte) * self.memory(link)
+            found.setdefault((link.producer, link.consumer), []).append(((key, table.changes, per_byte), paid))
         return found
+
+    def memory(self, link: Link) -> np.ndarray:
+        """About how many bytes an exchange needs on rank 0, of each pair of states."""
+        key, _ = self._of[link]
+        if key not in self._memory:
+            have, want = self._followed(link.producer, link.source), self._followed(link.consumer, link.reader)
+            itemsize = kind(self.graph, link.source).dtype(self.states.setting.dtype).itemsize
+            several = self.states.ranks > self.states.wire.per_host
+            self._memory[key] = moved_bytes(self.graph[link.reader], link.slot, have, want, itemsize, several)
+        return self._memory[key]
 
     # --- bounds --------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@ import numpy as np
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
+from hpctrain.layers.base import Dims
 from hpctrain.memory import mib
-from hpctrain.partition import AXES, Partition, volume
+from hpctrain.partition import AXES, Partition, Shape, volume
+from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
 from hpctrain.planner.layout import edges, kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
@@ -32,9 +34,9 @@ LOOKED_AT = 64
 PREDICTED = 3
 """Of them, how many have their memory predicted: rank 0, and those that read and write most."""
 
-AMPLE = {False: 4, True: 8}
-"""Where what `bytes_of` counts is so many times less than the limit, nothing is predicted: a tensor has four arrays at
-most, on both sides of its edge and for both passes; where ranks are on several hosts, there are messages as well."""
+AMPLE = 4
+"""Where what is counted roughly is so many times less than the limit, nothing is predicted: a tensor has four arrays at
+most, on both sides of its edge and for both passes."""
 
 MOST_RANKS = 4096
 """Up to which more ranks are proposed where memory is short."""
@@ -111,9 +113,8 @@ def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -
     """Whether no rank needs more than `limit` bytes."""
     if limit == inf:
         return True
-    rows = ((group, np.array([plan.partitions[group.head].shape], np.int32)) for group in groups(graph))
-    roughly = sum(float(bytes_of(graph, group, row, setting)[0]) for group, row in rows)
-    if AMPLE[plan.ranks > Wire.of(setting, ranks).per_host] * roughly <= limit:
+    several = plan.ranks > Wire.of(setting, ranks).per_host
+    if AMPLE * _roughly(graph, plan, setting, several) <= limit:
         return True
     return needed(graph, plan, setting, ranks)[1].total <= limit
 
@@ -153,14 +154,33 @@ def _in_memory(graph: Graph, count: int, economy: Economy) -> frozenset[str]:
 def _beyond(node: Node, partitions: np.ndarray) -> np.ndarray:
     """Numbers that rank 0 reads of each input, or makes of the output, beyond an even share."""
     layer, shapes, size = node.layer, node.input_shapes, partitions.prod(1)
-    work = block(layer.work_shape(*shapes), layer.work_axes(*shapes), partitions)
-    found = np.zeros(len(partitions))
     tensors = zip((*layer.needs(*shapes), layer.produces(*shapes)), (*shapes, node.shape), strict=True)
-    for dims, shape in tensors:
-        read = np.ones(len(partitions))
-        for along, n in zip(dims, shape, strict=True):
-            read *= n if along is None else _reached(along, work)
-        found += np.maximum(0, read - np.prod(shape) / size)
+    return sum(
+        (np.maximum(0, _reads(node, dims, shape, partitions) - np.prod(shape) / size) for dims, shape in tensors),
+        np.zeros(len(partitions)),
+    )
+
+
+def moved_bytes(
+    reader: Node, slot: int, have: np.ndarray, want: np.ndarray, itemsize: int, several_hosts: bool
+) -> np.ndarray:
+    """About how many bytes (n, m) rank 0 needs between layers of partitions `have` and `want`: what is read where they
+    differ, its gradient, and as much for messages.
+    """
+    arrays = 4 if several_hosts else 2
+    dims, shape = reader.layer.needs(*reader.input_shapes)[slot], reader.input_shapes[slot]
+    read = _reads(reader, dims, shape, want) * (itemsize * arrays)
+    same = (have[:, None] == want[None]).all(2)
+    return np.where(same, 0.0, read).astype(np.float32)
+
+
+def _reads(node: Node, dims: Dims, shape: Shape, partitions: np.ndarray) -> np.ndarray:
+    """Elements of a tensor that the longest block of work reaches."""
+    layer, shapes = node.layer, node.input_shapes
+    work = block(layer.work_shape(*shapes), layer.work_axes(*shapes), partitions)
+    found = np.ones(len(partitions))
+    for along, n in zip(dims, shape, strict=True):
+        found *= n if along is None else _reached(along, work)
     return found
 
 
@@ -171,14 +191,32 @@ def _reached(along: Along, work: np.ndarray) -> np.ndarray:
     return np.array([stop - start for start, stop in spans])[where.ravel()]
 
 
-def least(graph: Graph, setting: Setting, ranks: int) -> Plan:
-    """A plan that needs little memory: every group has the partition that needs least of it."""
+def least(graph: Graph, setting: Setting, ranks: int) -> tuple[Plan, tuple[int, Memory]]:
+    """A plan that needs little memory, and `needed` by it: of the least partition of each group, or one by hand."""
     found = groups(graph)
     rows = {}
     for group in found:
         states = candidates(graph, group, ranks, setting)
         rows[group.head] = states[bytes_of(graph, group, states, setting).argmin()]
-    return Plan(chosen(graph, found, rows))
+    others = [plan for _, plan in uniform_plans(graph, setting, ranks)]
+    others += [plan for plan in by_hand(graph, setting, ranks).values() if not isinstance(plan, str)]
+    several = ranks > Wire.of(setting, ranks).per_host
+    plans = [Plan(chosen(graph, found, rows)), *sorted(others, key=lambda p: _roughly(graph, p, setting, several))[:1]]
+    memory = [needed(graph, plan, setting, ranks) for plan in plans]
+    return min(zip(plans, memory, strict=True), key=lambda entry: entry[1][1].total)
+
+
+def _roughly(graph: Graph, plan: Plan, setting: Setting, several_hosts: bool) -> float:
+    """About how many bytes rank 0 needs."""
+    rows = {name: np.array([partition.shape], np.int32) for name, partition in plan.partitions.items()}
+    total = sum(float(bytes_of(graph, group, rows[group.head], setting)[0]) for group in groups(graph))
+    size = setting.dtype.itemsize
+    for node in graph:
+        for slot, source in enumerate(node.inputs):
+            if plan.partitions[source] == plan.partitions[node.name]:
+                continue
+            total += float(moved_bytes(node, slot, rows[source], rows[node.name], size, several_hosts)[0, 0])
+    return total
 
 
 # --- what to say where nothing fits ----------------------------------------------------------------------------------
@@ -186,8 +224,7 @@ def least(graph: Graph, setting: Setting, ranks: int) -> Plan:
 
 def refusal(graph: Graph, setting: Setting, ranks: int, limit: float) -> PlanError:
     """The error where no plan fits: what is needed at least, for which layer, and what would fit."""
-    plan = least(graph, setting, ranks)
-    rank, memory = needed(graph, plan, setting, ranks)
+    plan, (rank, memory) = least(graph, setting, ranks)
     return PlanError(
         f"no plan for {ranks} ranks found that fits into {mib(int(limit))}: the one that needs least takes {memory} "
         f"on rank {rank}; {_largest_layer(graph, plan, setting)}. {_remedies(graph, setting, ranks, limit, plan)}"
@@ -220,7 +257,7 @@ def _more_ranks(graph: Graph, setting: Setting, ranks: int, limit: float, plan: 
     most = min(MOST_RANKS, machine.hosts * machine.per_host if machine.hosts and machine.per_host else MOST_RANKS)
     for count in _doubled(ranks, most):
         try:
-            if needed(graph, least(graph, setting, count), setting, count)[1].total <= limit:
+            if least(graph, setting, count)[1][1].total <= limit:
                 return f"{count} ranks"
         except PlanError:  # plan.only leaves nothing for so many
             return ""
@@ -248,7 +285,7 @@ def _accumulate(graph: Graph, setting: Setting, ranks: int, limit: float, plan: 
         try:
             part, parts = of_batch(graph, -(-batch // count)), count * setting.parts
             smaller = replace(setting, parts=parts)
-            if needed(part, least(part, smaller, ranks), smaller, ranks)[1].total <= limit:
+            if least(part, smaller, ranks)[1][1].total <= limit:
                 return f"train.accumulate = {parts}"
         except PlanError:  # a layer that takes no smaller batch
             return ""

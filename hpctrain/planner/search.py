@@ -38,7 +38,7 @@ FINALISTS = 4
 DEADLINE = 60.0
 """Seconds after which the search ends with what it has."""
 
-STEP, STEPS, HALVINGS = 8.0, 24, 6
+STEP, STEPS, HALVINGS = 8.0, 10, 6
 """By what factor the price of a byte is raised, how often at most until a plan fits, and how often halved then."""
 
 FEW_ROUNDS = 8
@@ -84,7 +84,7 @@ def search(
     Raises PlanError where nothing fits, with what would; and where a layer can be cut in no way that is allowed.
     """
     began = perf_counter()
-    limit = memory_limit or setting.machine.memory or inf
+    limit = memory_limit if memory_limit is not None else setting.machine.memory or inf
     looking = Search(graph, setting, ranks, began + deadline)
     looking.refine()
     if overlaps(setting, looking.states.hosts.tolist()):
@@ -133,17 +133,21 @@ class Search:
         self._memory: dict[str, np.ndarray] = {}
         self._fitting: dict[tuple[Partition, ...], bool] = {}
 
-    def refine(self, per_byte: float = 0.0, hidden: float = 0.0, rounds: int = 10**6) -> Met:
-        """The best plan, where memory has a price or none, and so much of what sums take is hidden; after some rounds
-        perhaps only nearly."""
+    def refine(
+        self, per_byte: float = 0.0, per_byte_moved: float = 0.0, hidden: float = 0.0, rounds: int = 10**6
+    ) -> Met:
+        """The best plan, where memory of layers and of exchanges has a price or none, and so much of what sums take is
+        hidden; after some rounds perhaps only nearly.
+        """
         extra = {group.head: self._extra(group, per_byte, hidden) for group in self.groups}
         best, least = Met(inf, {}), inf
         for _ in range(rounds):
             nodes = {group.head: self._node(group, (per_byte, hidden), extra[group.head]) for group in self.groups}
-            bound, states = solve(nodes, self.pairs.tables(), self._memo)
+            bound, states = solve(nodes, self.pairs.tables(per_byte_moved), self._memo)
             met, changed = self._meet(states)
             self.rounds += 1
             paid = met.cost + sum(float(added[states[head]]) for head, added in extra.items())
+            paid += per_byte_moved * self._moved(states) if per_byte_moved else 0.0
             if paid < least:
                 best, least = met, paid
             if not (per_byte or hidden):
@@ -159,26 +163,32 @@ class Search:
         """The best few plans met whose memory is within the limit; memory has a price where the best of all is not."""
         if self.fits(self.plan(self._cheapest()), limit):
             return self._finalists(list(self.met.values()))
+        fitting = self._with_price(limit, 1.0) or self._with_price(limit, 0.0)
+        if fitting:
+            seconds = self._cheapest().cost / min(met.cost for met in fitting)
+            self.notes.append(f"without a limit of memory {seconds:.0%} of the time")
+        return self._finalists(fitting)
+
+    def _with_price(self, limit: float, moved: float) -> list[Met]:
+        """Plans that fit, as the price of a byte first rises, then falls; `moved`: what share of it exchanges pay."""
         best = self._cheapest()
         rate = best.cost / sum(float(self._bytes(g)[best.states[g.head]]) for g in self.groups) / STEP**2
-        lowest, fitting = 0.0, []
+        lowest, fitting = 0.0, list[Met]()
         for _ in range(STEPS):
-            met = self.refine(rate, rounds=FEW_ROUNDS)
+            met = self.refine(rate, moved * rate, rounds=FEW_ROUNDS)
             if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 break
             lowest, rate = rate, rate * STEP
         for _ in range(HALVINGS if fitting else 0):
             middle = sqrt(lowest * rate) if lowest else rate / STEP
-            met = self.refine(middle, rounds=FEW_ROUNDS)
+            met = self.refine(middle, moved * middle, rounds=FEW_ROUNDS)
             if self.fits(self.plan(met), limit):
                 fitting.append(met)
                 rate = middle
             else:
                 lowest = middle
-        if fitting:
-            self.notes.append(f"without a limit of memory {best.cost / min(m.cost for m in fitting):.0%} of the time")
-        return self._finalists(fitting)
+        return fitting
 
     def allows(self, plan: Plan) -> bool:
         """Whether it cuts layers along such axes only as the setting says."""
@@ -226,6 +236,8 @@ class Search:
         """What to say of the plan that was chosen."""
         states, step = self._states(plan), self.setting.machine.step
         known = len(states) == len(self.groups)
+        if not known:
+            self.notes.append(f'one grid, coarser in places than plan.fewer = "{self.setting.fewer}" lets others be')
         added = self._meet(states)[0].cost + step if known else cost.seconds + cost.hidden
         gap = max(0.0, added - self.bound) / self.bound if self.bound else 0.0
         count = sum(map(len, self.partitions.values()))
@@ -275,6 +287,10 @@ class Search:
         _, costs = self.states.costs(group, self.partitions[group.head])
         bytes_cost = per_byte * self._bytes(group) if per_byte else 0.0
         return np.asarray(bytes_cost - hidden * costs.sums)
+
+    def _moved(self, states: Mapping[str, int]) -> float:
+        """Bytes that exchanges need."""
+        return sum(float(self.pairs.memory(x)[states[x.producer], states[x.consumer]]) for x in self.pairs.links)
 
     def _node(self, group: Group, key: Hashable, extra: np.ndarray) -> tuple[Hashable, np.ndarray]:
         own, costs = self.states.costs(group, self.partitions[group.head])

@@ -12,8 +12,9 @@ from typing import Any
 import launching
 import pytest
 import runs
+from msgspec.structs import replace
 
-from hpctrain import cli, machine
+from hpctrain import cli, launch, machine
 from hpctrain.data.make.digits import make_digits
 from hpctrain.machine import Compute, Copies, Level, Machine
 from hpctrain.partition import Partition
@@ -316,6 +317,16 @@ def test_unmeasured_machine_names_what_can_be_done(
     text = capsys.readouterr().err
     assert "perlmutter-gpu" in text
     assert text.strip().splitlines()[-1].endswith("calibrate run.toml")
+
+
+def test_more_ranks_than_cores_here_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "toy.json").write_bytes(machine.encode(replace(FIGURES, per_host=None, hosts=None)))
+    monkeypatch.setattr(launch, "cores", lambda: 2)
+    for ranks, said in (("3", 1), ("2", 0)):
+        assert plan("run.toml", "--ranks", ranks) == 0
+        assert capsys.readouterr().out.count("would share the 2 cores of this machine") == said
 
 
 def test_one_sample_on_many_ranks_is_planned_by_other_axes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

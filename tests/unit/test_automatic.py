@@ -25,8 +25,11 @@ from hpctrain.planner.schedule import LEAN, schedule
 from hpctrain.planner.search import Found
 from hpctrain.planner.seconds import PlanCost
 from hpctrain.planning import Chosen, Task
+from hpctrain.prepare import Described
 
 LEVEL = Level(1e-6, 1e-9, 1e-10)
+
+DATA = Described(Path("data"), (28, 28, 1), (), 10, 1000)
 
 
 def net(name: str) -> Graph:
@@ -100,7 +103,7 @@ def test_it_is_said_how_many_layers_were_measured() -> None:
     blocks = {"conv1": "4x28x28x6x1", "pool1": "4x14x14x6", "fc1": "8x120x400"}
     known = [Kernel(keys[name], 1, {block: (1e-3, 1e-3)}) for name, block in blocks.items()]
     found = Machine("here", date="2026-01-02", compute=GUESS, kernels=(*known, Kernel("another", 1, {"1": (1.0, 1.0)})))
-    task = Task(config(), None, graph, Chosen(found, "this machine", True), None)  # type: ignore[arg-type]
+    task = Task(config(), DATA, graph, Chosen(found, "this machine", True), None)
     said = automatic.Basis(task, guess=False).source(halves, 2)
     # nine run, of which a dense layer was measured on the whole batch only
     assert said == "by this machine, measured 2026-01-02; layers: 2 measured, 1 interpolated, 6 by formula"
@@ -120,7 +123,7 @@ def test_what_is_said_of_a_plan() -> None:
 
 def test_an_earlier_plan_is_kept_for_as_many_ranks_and_the_same_network(tmp_path: Path) -> None:
     graph = net("lenet")
-    task = Task(config(), None, graph, Chosen(Machine(), "toy", True), None)  # type: ignore[arg-type]
+    task = Task(config(), DATA, graph, Chosen(Machine(), "toy", True), None)
     basis = automatic.Basis(task, guess=False)
     earlier = uniform(graph, Partition(batch=2), "tree")
     assert automatic._kept(basis, None, 2, 1) is None, "a new run"

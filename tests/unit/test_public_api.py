@@ -12,7 +12,7 @@ import hpctrain
 from hpctrain import cli
 
 API = ["Distribution", "Exchange", "Executor", "Graph", "Partition", "Plan", "ProcessGrid", "layers"]
-COMMANDS = {"bench", "calibrate", "data", "demo", "doctor", "train", "verify"}
+COMMANDS = {"bench", "calibrate", "data", "demo", "doctor", "plan", "train", "verify"}
 LAYERS = [
     *("AdaptiveAvgPool", "Add", "AvgPool", "BCEWithLogits", "BatchNorm", "Concat", "Conv", "ConvTranspose", "Dense"),
     *("Dice", "Dropout", "Flatten", "GELU", "GlobalAvgPool", "GroupNorm", "Huber", "Input", "InstanceNorm", "Layer"),
