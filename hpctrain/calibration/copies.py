@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 
 FLOAT = np.dtype(np.float32)
 
-RUNS = (4, 16, 64, 512, 8192)
+RUNS = (16, 64, 512, 8192)
 """Floats side by side in what a rank reads of another."""
 
 PARTS = (2, 64, 2048)
 """How many such runs it reads of each other rank."""
+
+GATHERED = (4, 16, 64)
+"""Floats of a position on one rank, where all ranks want all of them, as channels are gathered."""
+
+EDGES = (5, 16, 45)
+"""Of cubes of such positions, padded on all sides, as convolutions read them."""
 
 MOST = 1 << 23
 """Floats of a rank's block at most."""
@@ -43,7 +49,7 @@ class Case(NamedTuple):
 
 
 def cases(ranks: int) -> list[Case]:
-    """Redistributions from cuts of the first dim to cuts of the second one, and halos of the first dim."""
+    """Redistributions from cuts of the first dim to cuts of the second one, gathers of channels, halos of rows."""
     found = []
     for run in RUNS:
         for parts in PARTS:
@@ -53,6 +59,14 @@ def cases(ranks: int) -> list[Case]:
             have = Distribution(shape, ("batch", None, None), Partition(batch=ranks))
             other = Distribution(shape, (None, "batch", None), Partition(batch=ranks))
             found.append(Case(have, other, ranks * parts * run * FLOAT.itemsize, ranks * parts))
+    for run in GATHERED:
+        for n in EDGES:
+            if ranks * n**3 * run > MOST:
+                continue
+            have = Distribution((n, n, n, ranks * run), (None, None, None, "batch"), Partition(batch=ranks))
+            padded = [Along(d, _reach(1)) for d in range(3)]
+            runs = (ranks - 1) * n**3
+            found.append(Case(have, wanted(have, (*padded, None), have.shape), runs * run * FLOAT.itemsize, runs))
     for rows in (1, 4):
         for run in (512, 8192, 65536):
             have = Distribution((4 * rows * ranks, run), ("batch", None), Partition(batch=ranks))
