@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hpctrain.errors import PlanError
 from hpctrain.layers.base import each, spatial_axes
@@ -57,6 +58,7 @@ def paddings(padding: Padding, dims: int) -> tuple[tuple[int, int], ...]:
     return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
 
 
+@lru_cache(maxsize=4096)  # planning asks for the same ones again and again
 def windows(
     shape: Shape, kernel: Number, stride: Number, padding: Padding, dilation: Number = 1, ceil: bool = False
 ) -> tuple[Window, ...]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import msgspec
 from hpctrain.comm.allreduce import LIBRARIES, TABLE
 from hpctrain.errors import PlanError
 from hpctrain.graph import Graph, Node
-from hpctrain.layers import Input
-from hpctrain.partition import AXES, Partition, names
+from hpctrain.layers import Input, Layer
+from hpctrain.partition import AXES, Partition, Shape, names
 
 VERSION = 1
 
@@ -207,7 +208,12 @@ def _fit(grid: Partition, node: Node) -> tuple[Partition, str]:
     return Partition.of(parts), "; ".join(why)
 
 
-def work_dims(node: Node) -> list[tuple[int, tuple[str, ...]]]:
+def work_dims(node: Node) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """(extent, axes that cut it) of each dim of a layer's work."""
-    work = zip(node.layer.work_shape(*node.input_shapes), node.layer.work_axes(*node.input_shapes), strict=True)
-    return [(n, names(axes)) for n, axes in work]
+    return _work_dims(node.layer, node.input_shapes)
+
+
+@lru_cache(maxsize=4096)
+def _work_dims(layer: Layer, shapes: tuple[Shape, ...]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    work = zip(layer.work_shape(*shapes), layer.work_axes(*shapes), strict=True)
+    return tuple((n, names(axes)) for n, axes in work)

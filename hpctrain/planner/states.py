@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -49,6 +49,7 @@ class States:
         self.wire = Wire.of(setting, ranks)
         self.pricer = Pricer(setting, graph, at_once(setting, ranks))
         self.varied = differentiable(graph)
+        self._signatures: dict[str, Hashable] = {}
         self._found: dict[Hashable, Costs] = {}
         self._sets: dict[Hashable, _Together] = {}
         self._distinct: dict[_Set, _Together] = {}
@@ -81,13 +82,17 @@ class States:
         return bool(changed)
 
     def _signature(self, group: Group) -> Hashable:
-        found = []
+        """What tells groups from others that cost something else."""
+        if group.head not in self._signatures:
+            self._signatures[group.head] = tuple(self._said(group))
+        return self._signatures[group.head]
+
+    def _said(self, group: Group) -> Iterator[Hashable]:
         for name in group.names:
             node = self.graph[name]
             unit, gradient = self.units.get(name), name in self.varied
             said = unit and kernel_key(self.graph, unit, self.varied, self.setting.precision, self.setting.backend)
-            found.append((repr(node.layer), node.input_shapes, gradient, said, kind(self.graph, name)))
-        return tuple(found)
+            yield repr(node.layer), node.input_shapes, gradient, said, kind(self.graph, name)
 
     def _costs(self, group: Group, partitions: np.ndarray) -> Costs:
         parts, machine = self.setting.parts, self.setting.machine
