@@ -248,20 +248,27 @@ def _remedies(graph: Graph, setting: Setting, ranks: int, limit: float, plan: Pl
     asked = (find(graph, setting, ranks, limit, plan) for find in (_more_ranks, _recompute, _accumulate))
     ways = [way for way in asked if way]
     if not ways:
-        return f"Nor would up to {MOST_RANKS} ranks, recomputing or accumulating do: make the network smaller"
+        most = _most_ranks(setting)
+        more = f"up to {most} ranks, " if most > ranks else ""
+        elsewhere = "" if most == MOST_RANKS else "take a machine with more ranks or memory, or "
+        return f"Nor would {more}recomputing or accumulating do: {elsewhere}make the network smaller"
     return f"What would fit: {'; or '.join(ways)}"
 
 
 def _more_ranks(graph: Graph, setting: Setting, ranks: int, limit: float, plan: Plan) -> str:
-    machine = setting.machine
-    most = min(MOST_RANKS, machine.hosts * machine.per_host if machine.hosts and machine.per_host else MOST_RANKS)
-    for count in _doubled(ranks, most):
+    for count in _doubled(ranks, _most_ranks(setting)):
         try:
             if least(graph, setting, count)[1][1].total <= limit:
                 return f"{count} ranks"
         except PlanError:  # plan.only leaves nothing for so many
             return ""
     return ""
+
+
+def _most_ranks(setting: Setting) -> int:
+    """What more ranks may be proposed up to: those that the machine has, where that is known."""
+    machine = setting.machine
+    return min(MOST_RANKS, machine.hosts * machine.per_host if machine.hosts and machine.per_host else MOST_RANKS)
 
 
 def _doubled(n: int, most: int) -> Iterator[int]:
