@@ -9,7 +9,7 @@ from math import inf
 
 import numpy as np
 
-from hpctrain.errors import PlanError
+from hpctrain.errors import ConfigError, PlanError
 from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.layers.base import Dims
@@ -260,7 +260,7 @@ def _more_ranks(graph: Graph, setting: Setting, ranks: int, limit: float, plan: 
         try:
             if least(graph, setting, count)[1][1].total <= limit:
                 return f"{count} ranks"
-        except PlanError:  # plan.only leaves nothing for so many
+        except (ConfigError, PlanError):  # nothing is known of so many, or plan.only leaves nothing for them
             return ""
     return ""
 
