@@ -200,7 +200,7 @@ def test_no_memory_at_all_is_refused_in_reasonable_time() -> None:
 
 
 def test_no_more_ranks_are_proposed_than_the_machine_has() -> None:
-    small = with_fields(HOST, per_host=2, hosts=2)
+    small = with_fields(HOSTS, hosts=2)
     with pytest.raises(PlanError, match=r"Nor would up to 4 ranks, .*take a machine with more ranks or memory"):
         search(digits(), Setting(small), 2, memory_limit=1000.0)
     with pytest.raises(PlanError, match=r"Nor would recomputing or accumulating do"):
