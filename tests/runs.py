@@ -62,6 +62,19 @@ def train(ranks: int, *words: str | Path, timeout: float = 120) -> launching.Fin
     return launching.run(command(ranks, "train", *words), timeout)
 
 
+def measuring(ranks: int, *words: str | Path, **environment: str) -> launching.Finished:
+    """`hpctrain WORDS` on `ranks` ranks, which know nothing of this machine unless $HPCTRAIN_MACHINE is given."""
+    environment.setdefault("HPCTRAIN_MACHINE", "/nonexistent/machine.json")
+    return launching.run(command(ranks, *words), 120, launching.environment(**environment))
+
+
+def results(ended: launching.Finished) -> list[dict[str, Any]]:
+    """The records at the end of stdout, of a command that was given --json."""
+    assert ended.status == 0, ended.stderr
+    found: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])["results"]
+    return found
+
+
 def records(folder: Path, event: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

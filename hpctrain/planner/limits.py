@@ -14,11 +14,12 @@ from hpctrain.graph import Graph, Node
 from hpctrain.layers import Input
 from hpctrain.layers.base import Dims
 from hpctrain.memory import mib
-from hpctrain.partition import AXES, Partition, Shape, volume
+from hpctrain.partition import Partition, Shape, volume
 from hpctrain.planner.baselines import by_hand, uniform_plans
 from hpctrain.planner.groups import Group, candidates, chosen, follow, groups
 from hpctrain.planner.layout import edges, kind, layouts
 from hpctrain.planner.memory import Memory, largest, predict
+from hpctrain.planner.pairs import extents
 from hpctrain.planner.plan import Plan
 from hpctrain.planner.schedule import Economy, schedule, segments_to_try
 from hpctrain.planner.setting import Setting
@@ -26,7 +27,7 @@ from hpctrain.planner.states import block
 from hpctrain.planner.transfers import traffic
 from hpctrain.planner.wire import Wire
 from hpctrain.precision import exact
-from hpctrain.regions import Along, Region
+from hpctrain.regions import Along
 
 LOOKED_AT = 64
 """Ranks among which those are sought that need most: the first ones, which have the longest blocks."""
@@ -87,26 +88,12 @@ def _messages(graph: Graph, plan: Plan, setting: Setting, ids: Sequence[int], pe
 
 def _greedy(graph: Graph, plan: Plan) -> list[int]:
     """The first rank, and those with the most elements in inputs, halos included, and outputs of all layers."""
-    ids = np.arange(min(LOOKED_AT, plan.ranks))
-    total = np.zeros(len(ids))
+    total = np.zeros(min(LOOKED_AT, plan.ranks))
     for place in layouts(graph, plan).values():
         for region in (place.output, *place.inputs):
-            total += _volumes(region, ids)
+            total += extents(region, len(total)).prod(axis=1)
     most = np.argsort(-total, kind="stable")[: PREDICTED - 1].tolist()
     return sorted({0, *most})
-
-
-def _volumes(region: Region, ids: np.ndarray) -> np.ndarray:
-    """Elements of the box of each rank."""
-    found = np.where(ids < region.partition.size, 1.0, 0.0)
-    coords = dict(zip(AXES, np.unravel_index(ids % region.partition.size, region.partition.shape), strict=True))
-    for cut in region.cuts:
-        at = np.zeros(len(ids), np.int64)
-        for axis in cut.axes:
-            at = at * region.partition[axis] + coords[axis]
-        low, high = np.array(cut.intervals).T
-        found *= (high - low)[at]
-    return found
 
 
 def fits(graph: Graph, plan: Plan, setting: Setting, ranks: int, limit: float) -> bool:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpctrain.partition import AXES, Partition
+from hpctrain.partition import Partition
 from hpctrain.planner.layout import Edge
+from hpctrain.planner.overlaps import Overlaps, coordinates
 from hpctrain.planner.transfers import seconds, traffic
 from hpctrain.planner.wire import Wire
 from hpctrain.regions import Cut, Region
@@ -19,7 +20,8 @@ def volumes(have: Region, want: Region, ranks: int) -> np.ndarray:
     found = np.zeros((ranks, ranks), np.int64)
     part = np.ones((have.partition.size, want.partition.size), np.int64)
     for owned, wished in zip(have.cuts, want.cuts, strict=True):
-        table = _overlaps(owned, wished)
+        blocks, wishes = np.arange(len(owned.intervals)), np.arange(len(wished.intervals))
+        table = Overlaps.of(owned, wished).elements(blocks[:, None], wishes)
         part *= table[np.ix_(places(have.partition, owned), places(want.partition, wished))]
     for cut in have.masks:
         part[~_occupied(have.partition, cut)] = 0
@@ -35,34 +37,18 @@ def extents(region: Region, ranks: int) -> np.ndarray:
     size = min(ranks, region.partition.size)
     for dim, cut in enumerate(region.cuts):
         lengths = np.array([max(0, stop - start) for start, stop in cut.intervals])
-        found[:size, dim] = lengths[places(region.partition, cut)[:size]]
+        found[:size, dim] = lengths[places(region.partition, cut, size)]
     return found
 
 
-def places(partition: Partition, cut: Cut) -> np.ndarray:
-    """(size,): which interval of `cut` each rank of `partition` has."""
-    coords = np.unravel_index(np.arange(partition.size), partition.shape)
-    at = np.zeros(partition.size, np.int64)
-    for axis in cut.axes:
-        at = at * partition[axis] + coords[AXES.index(axis)]
-    return at
+def places(partition: Partition, cut: Cut, ranks: int | None = None) -> np.ndarray:
+    """(ranks,): which interval of `cut` each of the first ranks of `partition` has, all where None."""
+    ids = np.arange(partition.size if ranks is None else ranks)
+    return coordinates(np.array(partition.shape, np.int64), cut.axes, ids)
 
 
 def _occupied(partition: Partition, cut: Cut) -> np.ndarray:
     return np.isin(places(partition, cut), list(cut.occupied))
-
-
-def _overlaps(owned: Cut, wished: Cut) -> np.ndarray:
-    """(intervals of `owned`, intervals of `wished`): elements that they share, those of borders where these belong."""
-    starts, stops = np.array(owned.intervals, np.int64).T
-    if not wished.folded:
-        first, last = np.array(wished.intervals, np.int64).T
-        return np.maximum(0, np.minimum(stops[:, None], last) - np.maximum(starts[:, None], first))
-    found = np.zeros((len(owned.intervals), len(wished.intervals)), np.int64)
-    for column, _ in enumerate(wished.intervals):
-        for segment in wished.segments(column):
-            found[:, column] += np.maximum(0, np.minimum(stops, segment.stop) - np.maximum(starts, segment.start))
-    return found
 
 
 class Way(NamedTuple):

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Any
-
-import launching
 import pytest
+from runs import measuring, results
 
 from hpctrain.comm.allreduce import TABLE
-
-HPCTRAIN = [sys.executable, "-m", "hpctrain"]
-
-
-def run(ranks: int, *words: str | Path, **environment: str) -> launching.Finished:
-    """A command of hpctrain on so many ranks."""
-    environment.setdefault("HPCTRAIN_MACHINE", "/nonexistent/machine.json")
-    return launching.run([*launching.mpirun(ranks), *HPCTRAIN, *words], 120, launching.environment(**environment))
-
-
-def results(ended: launching.Finished) -> list[dict[str, Any]]:
-    """The records at the end of stdout."""
-    assert ended.status == 0, ended.stderr
-    found: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])["results"]
-    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bench_times_every_algorithm_beside_that_of_mpi(ranks: int) -> None:
-    ended = run(ranks, "bench", "allreduce", "--quick", "--json")
+    ended = measuring(ranks, "bench", "allreduce", "--quick", "--json")
     records = results(ended)
     expected = {*TABLE, "shared, copied"} - {"hierarchical"}
     for nbytes in (1024, 65536):
@@ -49,7 +29,7 @@ def test_bench_times_every_algorithm_beside_that_of_mpi(ranks: int) -> None:
 
 
 def test_bench_of_what_is_asked_for() -> None:
-    ended = run(
+    ended = measuring(
         2, "bench", "allreduce", "--sizes", "4K,7", "--algorithms", "tree", "--dtype", "bf16", "--json", "--repeat=2"
     )
     assert [(r["bytes"], r["precision"]) for r in results(ended)] == [(4096, "bf16")] * 2 + [(7, "bf16")] * 2
@@ -66,7 +46,7 @@ def test_bench_of_what_is_asked_for() -> None:
     ],
 )
 def test_bench_refuses_and_names_the_remedy(words: list[str], message: str) -> None:
-    ended = run(2, "bench", "allreduce", *words)
+    ended = measuring(2, "bench", "allreduce", *words)
     assert ended.status == 2
     assert any(part in ended.stderr for part in message.split("|"))
     assert "Traceback" not in ended.stderr

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
-import launching
 import pytest
 import runs
+from runs import measuring, results
 
 from hpctrain import config_file, machine, prepare
 from hpctrain.data.make.digits import make_digits
@@ -22,8 +20,6 @@ from hpctrain.planner.layout import layouts
 from hpctrain.planner.plan import uniform
 from hpctrain.planner.schedule import schedule
 from hpctrain.planner.setting import Setting
-
-HPCTRAIN = [sys.executable, "-m", "hpctrain"]
 
 ELSEWHERE = """
 [model]
@@ -44,19 +40,6 @@ folder = "{folder}"
 SAMPLE = "sample = { shape = [21, 23, 1], classes = 7, count = 1000 }"
 
 
-def run(ranks: int, *words: str | Path, **environment: str) -> launching.Finished:
-    """A command of hpctrain on so many ranks."""
-    environment.setdefault("HPCTRAIN_MACHINE", "/nonexistent/machine.json")
-    return launching.run([*launching.mpirun(ranks), *HPCTRAIN, *words], 120, launching.environment(**environment))
-
-
-def results(ended: launching.Finished) -> list[dict[str, Any]]:
-    """The records at the end of stdout."""
-    assert ended.status == 0, ended.stderr
-    found: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])["results"]
-    return found
-
-
 def read(path: Path) -> Machine:
     found = machine.load(path)
     assert found is not None
@@ -72,7 +55,7 @@ def elsewhere(tmp_path: Path, sample: str = SAMPLE) -> Path:
 
 def test_calibration_is_written_and_used(tmp_path: Path) -> None:
     path = tmp_path / "new" / "machine.json"
-    records = results(run(2, "calibrate", "--quick", "--json", "--out", path))
+    records = results(measuring(2, "calibrate", "--quick", "--json", "--out", path))
     found = read(path)
     assert found.node is not None
     assert found.node.alpha > 0 < found.node.beta
@@ -93,9 +76,9 @@ def test_calibration_is_written_and_used(tmp_path: Path) -> None:
     assert {(r["algorithm"], r["bytes"]): r["seconds"] for r in records} == {
         (name, nbytes): seconds for name, times in table.seconds.items() for nbytes, seconds in times.items()
     }
-    results(run(3, "calibrate", "--quick", "--json", "--out", path))
+    results(measuring(3, "calibrate", "--quick", "--json", "--out", path))
     assert [other.hosts for other in read(path).tables] == [(0, 0), (0, 0, 0)]
-    said = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path)).stdout
+    said = measuring(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path)).stdout
     assert f"measurements of {path}" in said.replace("\n", " ")
     assert said.count("measured on 2 ranks on 1 host") == 2
 
@@ -103,7 +86,7 @@ def test_calibration_is_written_and_used(tmp_path: Path) -> None:
 def test_layers_of_a_config_are_measured_and_priced(tmp_path: Path) -> None:
     """Without the data. Every unit of uncut and batch-cut plans is then known; another config adds to the same file."""
     config, path = elsewhere(tmp_path), tmp_path / "machine.json"
-    ended = run(2, "calibrate", config, "train.precision=float32", "--quick", "-o", path)
+    ended = measuring(2, "calibrate", config, "train.precision=float32", "--quick", "-o", path)
     assert ended.status == 0, ended.stderr
     found, asked = read(path), config_file.load(config, [])
     assert f"{len(found.kernels)} layers on " in ended.stdout
@@ -119,7 +102,7 @@ def test_layers_of_a_config_are_measured_and_priced(tmp_path: Path) -> None:
             assert pricer.source(unit, extent(places[unit.head].work.box(0))) == MEASURED
         assert 0 < price(graph, plan, setting, 2).seconds < 1
     assert found.storage is None
-    results(run(2, "calibrate", config, "train.batch=14", "--quick", "--json", "-o", path))
+    results(measuring(2, "calibrate", config, "train.batch=14", "--quick", "--json", "-o", path))
     more = read(path)
     assert {kernel.key for kernel in more.kernels} == {kernel.key for kernel in found.kernels}
     assert all(
@@ -131,7 +114,7 @@ def test_where_the_data_are_their_speed_is_measured(tmp_path: Path) -> None:
     make_digits(tmp_path)
     config = runs.write_config(tmp_path / "run.toml", tmp_path, tmp_path / "run", "batch = 2")
     path = tmp_path / "machine.json"
-    results(run(2, "calibrate", config, "--quick", "--json", "--out", path))
+    results(measuring(2, "calibrate", config, "--quick", "--json", "--out", path))
     found = read(path).storage
     assert found is not None
     assert 1e5 < found.read < 1e12
@@ -150,7 +133,7 @@ def test_where_the_data_are_their_speed_is_measured(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_named_with_the_remedy(sample: str, words: list[str], message: str, tmp_path: Path) -> None:
-    ended = run(2, "calibrate", elsewhere(tmp_path, sample), "--quick", *words)
+    ended = measuring(2, "calibrate", elsewhere(tmp_path, sample), "--quick", *words)
     assert ended.status == 2, ended.stderr
     said = ended.stderr.replace("\n", " ")
     assert "Traceback" not in said
@@ -160,11 +143,11 @@ def test_bad_input_is_named_with_the_remedy(sample: str, words: list[str], messa
 def test_measurements_of_another_library_are_not_used_and_damaged_ones_refused(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_bytes(machine.encode(Machine("MPICH Version: 1.0")))
-    said = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
+    said = measuring(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
     assert said.status == 0
     assert "was measured with MPICH Version: 1.0, this is" in said.stdout.replace("\n", " ")
     path.write_text("{}x")
-    ended = run(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
+    ended = measuring(2, "bench", "allreduce", "--quick", HPCTRAIN_MACHINE=str(path))
     assert ended.status == 2
     assert ended.stderr.count("machine.json: cannot be used") == 1
 
@@ -173,19 +156,19 @@ def test_run_chooses_by_measurements_and_when_resumed_keeps_its_choice(tmp_path:
     make_digits(tmp_path)
     config = runs.write_config(tmp_path / "run.toml", tmp_path, tmp_path / "run", "batch = 2")
     path, times = tmp_path / "machine.json", {"mpi": {1000: 1.0}, "shared": {1000: 1.0}, "tree": {1000: 1e-9}}
-    results(run(2, "calibrate", "--quick", "--json", "--out", path))
+    results(measuring(2, "calibrate", "--quick", "--json", "--out", path))
     doctored = Machine(read(path).library, tables=(Table((0, 0), times),))
     path.write_bytes(machine.encode(doctored))
-    first = run(2, "train", config, "train.steps=2", HPCTRAIN_MACHINE=str(path))
+    first = measuring(2, "train", config, "train.steps=2", HPCTRAIN_MACHINE=str(path))
     assert first.status == 0, first.stderr
     assert "gradients: tree allreduce (measured on 2 ranks on 1 host)" in first.stdout.replace("\n", " ")
     plan = (tmp_path / "run/plan.json").read_text()
     assert json.loads(plan)["allreduce"] == {"batch=2: batch": "tree"}
-    resumed = run(2, "train", "--resume", tmp_path / "run", "train.steps=3")
+    resumed = measuring(2, "train", "--resume", tmp_path / "run", "train.steps=3")
     assert resumed.status == 0, resumed.stderr
     assert "gradients: tree allreduce (as the plan says)" in resumed.stdout.replace("\n", " ")
     assert (tmp_path / "run/plan.json").read_text() == plan
-    anew = run(2, "train", config, "train.steps=1", f"run.folder={tmp_path}/other")
+    anew = measuring(2, "train", config, "train.steps=1", f"run.folder={tmp_path}/other")
     assert anew.status == 0, anew.stderr
     said = anew.stdout.replace("\n", " ")
     assert "shared allreduce (by formula; no measurements in /nonexistent/machine.json; hpctrain calibrate" in said
